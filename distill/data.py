@@ -1,0 +1,97 @@
+"""Training images: the embedded digits, or any folder of images.
+
+The digits are the 1,797 real 8x8 handwritten digits that scikit-learn carries (UCI Optical Recognition of
+Handwritten Digits), so the whole road can be walked without a download. They are split once, stratified by
+class, into a training half and a held-out half that nothing is ever trained on.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Split = Literal["train", "held-out"]
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images [N, C, H, W], float32 in [-1, 1], and their class labels [N] (int64), or None.
+
+    `classes` names the classes in the order of their labels.
+    """
+
+    images: Tensor
+    labels: Tensor | None = None
+    classes: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+def digits(split: Split) -> Images:
+    """The embedded 8x8 digits, [N, 1, 8, 8]: N = 899 to train on, 898 held out."""
+    images, labels, train = _digits()
+    chosen = train if split == "train" else ~train
+    return Images(images[chosen], labels[chosen], tuple("0123456789"))
+
+
+@cache
+def _digits() -> tuple[Tensor, Tensor, Tensor]:
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    labels = torch.from_numpy(data.target.astype(np.int64))
+    images = torch.from_numpy(data.images.astype(np.float32))[:, None] / 8 - 1
+
+    train = torch.zeros(len(labels), dtype=torch.bool)
+    rng = np.random.Generator(np.random.Philox(0))
+    seen = taken = 0
+    for digit in range(10):  # half of every class, the odd ones in turns
+        members = rng.permutation(np.flatnonzero(data.target == digit))
+        seen += len(members)
+        half = (seen + 1) // 2 - taken
+        train[torch.from_numpy(members[:half])] = True
+        taken += half
+    return images, labels, train
+
+
+def folder(path: str | Path, size: int, channels: int = 3) -> Images:
+    """Every image below `path`, [N, channels, size, size]; the sub-folders are the classes, if there are any.
+
+    Images are centre-cropped to a square and resized (antialiased bicubic). Raises ValueError, naming the file,
+    when an image cannot be read, and when there is none.
+    """
+    root = Path(path)
+    if not root.is_dir():
+        raise ValueError(f"data.path: {root} is not a folder of images")
+    files = sorted(f for f in root.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES and f.is_file())
+    if not files:
+        raise ValueError(f"data.path: {root} has no images (looked for {', '.join(IMAGE_SUFFIXES)})")
+
+    images = torch.stack([_read(f, size, channels) for f in files])
+    parents = [f.relative_to(root).parts[0] if len(f.relative_to(root).parts) > 1 else None for f in files]
+    if None in parents:
+        if any(parents):
+            loose = next(f for f, parent in zip(files, parents, strict=True) if parent is None)
+            raise ValueError(f"data.path: {loose} lies beside class folders; put every image into a class folder or none")
+        return Images(images)
+    classes = sorted({p for p in parents if p is not None})
+    return Images(images, torch.tensor([classes.index(p) for p in parents if p is not None]), tuple(classes))
+
+
+def _read(file: Path, size: int, channels: int) -> Tensor:
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(file) as opened:
+            image = ImageOps.exif_transpose(opened).convert("L" if channels == 1 else "RGB")
+    except Exception as error:
+        raise ValueError(f"data.path: {file} cannot be read as an image ({error})") from error
+    image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+    array = torch.from_numpy(np.array(image, dtype=np.float32)) / 127.5 - 1
+    return array[None] if channels == 1 else array.permute(2, 0, 1)
