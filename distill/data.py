@@ -78,7 +78,9 @@ def folder(path: str | Path, size: int, channels: int = 3) -> Images:
     if None in parents:
         if any(parents):
             loose = next(f for f, parent in zip(files, parents, strict=True) if parent is None)
-            raise ValueError(f"data.path: {loose} lies beside class folders; put every image into a class folder or none")
+            raise ValueError(
+                f"data.path: {loose} lies beside class folders; put every image into a class folder or none"
+            )
         return Images(images)
     classes = sorted({p for p in parents if p is not None})
     return Images(images, torch.tensor([classes.index(p) for p in parents if p is not None]), tuple(classes))

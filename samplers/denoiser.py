@@ -1,0 +1,79 @@
+"""The one abstraction: a denoiser D(x, sigma) = E[x0 | x] for x = x0 + sigma * eps (Karras et al. 2022).
+
+Everything else follows from it: the score is (D - x) / sigma^2 (Tweedie), the probability-flow ODE is
+dx/dsigma = (x - D) / sigma, and a one-step student is a denoiser called once.
+"""
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Denoiser(Protocol):
+    """E[x0 | x] for x = x0 + sigma * eps.  x: [B, ...], sigma: [] or [B], result: like x.
+
+    Any callable of this form is a denoiser. `cond` is opaque: whatever the denoiser is conditioned on.
+    """
+
+    def __call__(self, x: Tensor, sigma: Tensor, cond: Any = None) -> Tensor: ...
+
+
+def expand(sigma: Tensor, x: Tensor) -> Tensor:
+    """sigma [] or [B], shaped to broadcast against x [B, ...], in x's dtype and device."""
+    if sigma.ndim > 1 or (sigma.ndim == 1 and len(sigma) not in (1, len(x))):
+        raise ValueError(f"sigma: has shape {list(sigma.shape)}; accepted are [] and [{len(x)}], one per sample")
+    return sigma.to(x).reshape(-1, *[1] * (x.ndim - 1)) if sigma.ndim else sigma.to(x)
+
+
+def score(denoiser: Denoiser, x: Tensor, sigma: Tensor, cond: Any = None) -> Tensor:
+    """The score grad log p(x; sigma) = (D - x) / sigma^2, like x (Karras et al. 2022, eq. 3)."""
+    return (denoiser(x, sigma, cond) - x) / expand(sigma, x) ** 2
+
+
+class Guided:
+    """Classifier-free guidance: D_u + scale * (D_c - D_u), both from one batch of 2B (Ho & Salimans 2022).
+
+    scale: 1 is the conditional denoiser (and runs only that), 0 the unconditional one.
+    uncond: the condition that stands for "none": like `cond`, with B rows or one row for all.
+    Publishes sigma_min and sigma_max where the denoiser does.
+    """
+
+    def __init__(self, denoiser: Denoiser, scale: float, uncond: Any) -> None:
+        self.denoiser, self.scale, self.uncond = denoiser, scale, uncond
+        for name in ("sigma_min", "sigma_max"):
+            if hasattr(denoiser, name):
+                setattr(self, name, getattr(denoiser, name))
+
+    def pair(self, x: Tensor, sigma: Tensor, cond: Any) -> tuple[Tensor, Tensor]:
+        """The conditional and the unconditional prediction, each like x."""
+        both = join_conditions(cond, self.uncond, len(x))
+        twice = torch.cat([x, x])
+        sigmas = sigma.expand(len(x)).repeat(2) if sigma.ndim else sigma
+        denoised, denoised_uncond = self.denoiser(twice, sigmas, both).chunk(2)
+        return denoised, denoised_uncond
+
+    def __call__(self, x: Tensor, sigma: Tensor, cond: Any = None) -> Tensor:
+        if self.scale == 1:
+            return self.denoiser(x, sigma, cond)
+        denoised, denoised_uncond = self.pair(x, sigma, cond)
+        return torch.lerp(denoised_uncond, denoised, self.scale)
+
+
+def join_conditions(first: Any, second: Any, batch: int) -> Any:
+    """Two conditions for batches of the same size as one condition for both, first then second.
+
+    Conditions are tensors [batch, ...], or dicts, lists and tuples of them (and of values that both share);
+    a tensor of one row, or a bare number, stands for the whole batch.
+    """
+    if isinstance(first, dict) and isinstance(second, dict) and first.keys() == second.keys():
+        return {key: join_conditions(first[key], second[key], batch) for key in first}
+    if isinstance(first, list | tuple) and isinstance(second, list | tuple) and len(first) == len(second):
+        return type(first)(join_conditions(a, b, batch) for a, b in zip(first, second, strict=True))
+    if isinstance(first, Tensor):
+        rows = torch.as_tensor(second, dtype=first.dtype, device=first.device)
+        rows = rows.reshape(1) if rows.ndim == 0 else rows
+        return torch.cat([first.expand(batch, *first.shape[1:]), rows.expand(batch, *rows.shape[1:])])
+    if type(first) is type(second) and first == second:
+        return first
+    raise ValueError(f"uncond: {second!r} does not have the form of the condition {first!r}")

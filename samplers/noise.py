@@ -1,0 +1,55 @@
+"""Random numbers that belong to a sample: draw j of sample k depends on (seed, k, j) only.
+
+Why: the same sample then has the same noise in any batch, on any number of processes and after any restart.
+Each sample owns a counter-based Philox stream (Salmon et al. 2011) keyed by (seed, k), so nothing is stored and
+no two streams overlap. Numbers are drawn on the CPU and moved, so they do not depend on the device either.
+"""
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class SampleNoise:
+    """One random stream per sample of a batch; successive draws continue the streams.
+
+    seed, indices: whole numbers in [0, 2^64). Every draw has one row per index, in their order.
+    """
+
+    def __init__(self, seed: int, indices: Iterable[int]) -> None:
+        if not 0 <= seed < 2**64:
+            raise ValueError(f"seed: {seed} is not a whole number in [0, 2^64)")
+        keys = [np.array([seed, index], dtype=np.uint64) for index in indices]
+        self._streams = [np.random.Generator(np.random.Philox(key=key)) for key in keys]
+
+    def __len__(self) -> int:
+        return len(self._streams)
+
+    def normal(
+        self, shape: Iterable[int], dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> Tensor:
+        """Standard normal numbers, [B, *shape]."""
+        out = np.empty((len(self), *shape), dtype=np.float64 if dtype == torch.float64 else np.float32)
+        for row, stream in zip(out, self._streams, strict=True):
+            row[...] = stream.standard_normal(row.shape, dtype=out.dtype)
+        return torch.from_numpy(out).to(device=device, dtype=dtype)
+
+    def uniform(self, device: torch.device | str = "cpu") -> Tensor:
+        """Uniform numbers in [0, 1), [B], float64."""
+        return torch.tensor([s.random() for s in self._streams], dtype=torch.float64, device=device)
+
+    def integers(self, high: int, device: torch.device | str = "cpu") -> Tensor:
+        """Uniform whole numbers in [0, high), [B], int64."""
+        return torch.tensor([int(s.integers(high)) for s in self._streams], device=device)
+
+
+def normal_like(x: Tensor, generator: torch.Generator | SampleNoise | None) -> Tensor:
+    """Standard normal numbers of x's shape [B, ...], dtype and device."""
+    if isinstance(generator, SampleNoise):
+        if len(generator) != len(x):
+            raise ValueError(f"generator: has {len(generator)} sample streams for a batch of {len(x)}")
+        return generator.normal(x.shape[1:], x.dtype, x.device)
+    device = x.device if generator is None else generator.device
+    return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=device).to(x.device)
