@@ -1,0 +1,29 @@
+"""A file is whole under its name, or it is not there: write beside it, fsync, rename.
+
+Why: an evaluation that is killed must not leave half a result that the next one reads.
+"""
+
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+
+@contextmanager
+def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
+    """Yield a binary file that takes the name `path` when the block ends without an exception.
+
+    An older file of that name stays whole until then; after an exception nothing of the new one is left.
+    """
+    path = Path(path)
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(draft, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
