@@ -124,8 +124,8 @@ class VariancePreserving:
     def __init__(self, alphas_cumprod: Tensor, prediction_type: str) -> None:
         a = alphas_cumprod.detach().to("cpu", torch.float64)
         log_sigmas = (((1 - a) / a).log() / 2)[a > 0]
-        if not bool((log_sigmas.diff() > 0).all()):
-            raise ValueError("scheduler: its alphas_cumprod do not fall from one timestep to the next")
+        if len(log_sigmas) < 2 or not bool((log_sigmas.diff() > 0).all()) or not bool(log_sigmas.isfinite().all()):
+            raise ValueError("scheduler: its alphas_cumprod do not fall from below 1 from one timestep to the next")
         self._log_sigmas, self._prediction_type = log_sigmas, prediction_type
         self.sigma_min, self.sigma_max = (math.exp(float(end)) for end in (log_sigmas[0], log_sigmas[-1]))
 
@@ -148,13 +148,22 @@ class VariancePreserving:
         return above - 1 + ((log_sigma - low) / (high - low)).clamp(0, 1)
 
     def sigma(self, timestep: Tensor) -> Tensor:
-        """The noise level at a (fractional) timestep in [0, T - 1], like timestep; the inverse of `timestep`."""
+        """The noise level at a (fractional) timestep in [0, T - 1], float64; the inverse of `timestep`.
+
+        T - 2 is the last where the terminal SNR is zero. Raises ValueError for a timestep outside.
+        """
+        last = len(self._log_sigmas) - 1
+        if not bool(((timestep >= 0) & (timestep <= last)).all()):
+            raise ValueError(f"timestep: {timestep.tolist()}; accepted are [0, {last}], where sigma is finite")
+        return self._interpolate(timestep)
+
+    def round_sigma(self, sigma: Tensor) -> Tensor:
+        return self._interpolate(self.timestep(sigma.double()).round()).to(sigma.dtype)
+
+    def _interpolate(self, timestep: Tensor) -> Tensor:
         table = self._log_sigmas.to(timestep.device)
         below = timestep.floor().long().clamp(0, len(table) - 2)
         return torch.lerp(table[below], table[below + 1], timestep.double() - below).exp()
-
-    def round_sigma(self, sigma: Tensor) -> Tensor:
-        return self.sigma(self.timestep(sigma.double()).round()).to(sigma.dtype)
 
 
 class FlowMatching:
@@ -221,9 +230,20 @@ def coordinates_of(scheduler: Any) -> Coordinates:
     if name in _EDM and prediction_type in ("epsilon", "v_prediction"):
         sign = 1.0 if prediction_type == "epsilon" else -1.0
         return EDM(config.sigma_data, config.sigma_min, config.sigma_max, boundary=0.0, scale=0.25, sign=sign)
+    if (
+        name == "EulerDiscreteScheduler"
+        and prediction_type == "v_prediction"
+        and config.get("timestep_type") == "continuous"
+    ):
+        # Fed ln(sigma) / 4 rather than a timestep: v-prediction is then EDM with sigma_data 1 (Stable Video Diffusion).
+        table = VariancePreserving(scheduler.alphas_cumprod, prediction_type)
+        low, high = config.sigma_min or table.sigma_min, config.sigma_max or table.sigma_max
+        return EDM(1.0, low, high, boundary=0.0, scale=0.25, sign=-1.0)
     if name in _CONSISTENCY:
         low = config.sigma_min
         return EDM(config.sigma_data, max(low, 1e-6), config.sigma_max, boundary=low, scale=250.0, sign=1.0)
+    if config.get("use_flow_sigmas") and prediction_type != "flow_prediction":
+        raise ValueError(f"scheduler: {name} has use_flow_sigmas, but prediction_type {prediction_type!r}")
     if name in _FLOW or (name in _DISCRETE and prediction_type == "flow_prediction"):
         if config.get("invert_sigmas"):
             raise ValueError(f"scheduler: {name} with invert_sigmas runs from data to noise, which is not supported")

@@ -70,10 +70,12 @@ def join_conditions(first: Any, second: Any, batch: int) -> Any:
         return {key: join_conditions(first[key], second[key], batch) for key in first}
     if isinstance(first, list | tuple) and isinstance(second, list | tuple) and len(first) == len(second):
         return type(first)(join_conditions(a, b, batch) for a, b in zip(first, second, strict=True))
-    if isinstance(first, Tensor):
-        rows = torch.as_tensor(second, dtype=first.dtype, device=first.device)
-        rows = rows.reshape(1) if rows.ndim == 0 else rows
-        return torch.cat([first.expand(batch, *first.shape[1:]), rows.expand(batch, *rows.shape[1:])])
+    if isinstance(first, Tensor) and isinstance(second, Tensor | int | float):
+        rows = [t.reshape(1) if t.ndim == 0 else t for t in (first, torch.as_tensor(second).to(first))]
+        if rows[0].shape[1:] != rows[1].shape[1:] or any(len(t) not in (1, batch) for t in rows):
+            shapes = " and ".join(str(list(t.shape)) for t in rows)
+            raise ValueError(f"cond, uncond: have shapes {shapes}; accepted are {batch} rows, or 1, of equal shape")
+        return torch.cat([t.expand(batch, *t.shape[1:]) for t in rows])
     if type(first) is type(second) and first == second:
         return first
     raise ValueError(f"uncond: {second!r} does not have the form of the condition {first!r}")

@@ -23,11 +23,13 @@ class GaussianMixture:
     """
 
     def __init__(self, weights: Tensor, means: Tensor, covariances: Tensor) -> None:
-        if means.ndim != 2:
-            raise ValueError(f"means: have shape {list(means.shape)}; needed is [K, d]")
+        if means.ndim != 2 or not means.is_floating_point() or not bool(means.isfinite().all()):
+            raise ValueError(f"means: are {means.dtype} of shape {list(means.shape)}; needed are finite floats [K, d]")
         k, d = means.shape
         if weights.shape != (k,) or not bool((weights > 0).all()) or not bool(weights.isfinite().all()):
             raise ValueError(f"weights: {weights.tolist()}; needed are {k} positive numbers")
+        if not bool(covariances.isfinite().all()):
+            raise ValueError("covariances: are not finite")
         if covariances.shape not in ((k, d, d), (k, d), (k,)):
             raise ValueError(
                 f"covariances: have shape {list(covariances.shape)}; needed is {[k, d, d]}, {[k, d]} or {[k]}"
@@ -37,15 +39,16 @@ class GaussianMixture:
         self.log_weights = (weights / weights.sum()).to(means).log()
         self._basis: Tensor | None = None  # [K, d, d], eigenvectors in columns
         if covariances.ndim == 3:
-            if not torch.allclose(covariances, covariances.mT, rtol=1e-5, atol=1e-12 * float(covariances.abs().max())):
+            scale = covariances.abs().amax((1, 2), keepdim=True)
+            slack = 10 * d * torch.finfo(covariances.dtype).eps * scale  # what rounding does to a matrix of rank < d
+            if bool(((covariances - covariances.mT).abs() > slack).any()):
                 raise ValueError("covariances: are not symmetric")
             values, vectors = torch.linalg.eigh(covariances.double())
             self._basis = vectors.to(means)
-            slack = 1e-12 * values.abs().amax(-1, keepdim=True)
-            values = torch.where((values < 0) & (values >= -slack), 0.0, values)
+            values = torch.where((values < 0) & (values >= -slack[..., 0].double()), 0.0, values)
         else:
             values = covariances.double().reshape(k, -1)
-        if not bool((values >= 0).all()):
+        if bool((values < 0).any()):
             raise ValueError(f"covariances: have the negative eigenvalue {float(values.min()):.3g}")
         self._variances = values.to(means)  # [K, d], or [K, 1] where isotropic
 
@@ -91,7 +94,8 @@ class GaussianMixture:
         z = flat[:, None] - self.means
         if self._basis is not None:
             z = torch.einsum("kij,bki->bkj", self._basis, z)
-        return z, sigma.to(self.means).reshape(-1, 1, 1) ** 2
+        noise = expand(sigma, flat) ** 2
+        return z, noise[..., None] if noise.ndim else noise.reshape(1, 1, 1)
 
     def _log_components(self, z: Tensor, noise: Tensor) -> Tensor:
         """log N(x; mu_k, S_k + sigma^2 I), [B, K]."""

@@ -16,11 +16,14 @@ class SampleNoise:
     """One random stream per sample of a batch; successive draws continue the streams.
 
     seed, indices: whole numbers in [0, 2^64). Every draw has one row per index, in their order.
+    Raises ValueError for a number outside that range.
     """
 
     def __init__(self, seed: int, indices: Iterable[int]) -> None:
-        if not 0 <= seed < 2**64:
-            raise ValueError(f"seed: {seed} is not a whole number in [0, 2^64)")
+        indices = list(indices)
+        for name, number in [("seed", seed), *(("indices", index) for index in indices)]:
+            if not 0 <= number < 2**64 or int(number) != number:
+                raise ValueError(f"{name}: {number} is not a whole number in [0, 2^64)")
         keys = [np.array([seed, index], dtype=np.uint64) for index in indices]
         self._streams = [np.random.Generator(np.random.Philox(key=key)) for key in keys]
 
@@ -42,7 +45,7 @@ class SampleNoise:
 
     def integers(self, high: int, device: torch.device | str = "cpu") -> Tensor:
         """Uniform whole numbers in [0, high), [B], int64."""
-        return torch.tensor([int(s.integers(high)) for s in self._streams], device=device)
+        return torch.tensor([int(s.integers(high)) for s in self._streams], dtype=torch.int64, device=device)
 
 
 def normal_like(x: Tensor, generator: torch.Generator | SampleNoise | None) -> Tensor:

@@ -9,6 +9,8 @@ from torch import Tensor
 def karras_sigmas(n: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Tensor:
     """n falling levels from sigma_max to sigma_min, then 0: [n + 1] (Karras et al. 2022, eq. 5)."""
     _check(n, sigma_min, sigma_max)
+    if not 0 < rho < math.inf:
+        raise ValueError(f"rho: {rho} is not positive and finite")
     return _ending_in_zero(karras_sigma(_unit(n), sigma_min, sigma_max, rho))
 
 
@@ -30,8 +32,8 @@ def flow_sigmas(n: int, sigma_max: float = 999.0, shift: float = 1.0) -> Tensor:
     The first level is sigma_max (t = 1 is sigma = infinity). `shift` is the resolution shift of Esser et al. 2024,
     eq. 23: t -> shift t / (1 + (shift - 1) t), which in these coordinates just multiplies sigma.
     """
-    if shift <= 0:
-        raise ValueError(f"shift: {shift} is not positive")
+    if not 0 < shift < math.inf:
+        raise ValueError(f"shift: {shift} is not positive and finite")
     _check(n, sigma_max / 2, sigma_max)
     start = sigma_max / shift
     t = start / (1 + start) * (1 - torch.arange(n + 1, dtype=torch.float64) / n)

@@ -76,13 +76,16 @@ def ancestral(
 
     x' = D + (sigma_down / sigma) (x - D) + sigma_up eps, sigma_up = eta sigma' sqrt(1 - sigma'^2 / sigma^2),
     sigma_down^2 + sigma_up^2 = sigma'^2 (Song et al. 2021, eqs. 12 and 16). One evaluation a step.
+    Raises ValueError for an eta outside [0, 1].
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta: {eta} is not in [0, 1]")
     for step, (sigma, sigma_next, to_zero) in enumerate(_levels(x, sigmas)):
         denoised = denoiser(x, sigma, cond)
-        up = eta * sigma_next * (1 - (sigma_next / sigma) ** 2).sqrt()
-        down = (sigma_next**2 - up**2).sqrt()
+        ratio = sigma_next / sigma
+        up = eta * sigma_next * (1 - ratio**2).sqrt()
+        # sqrt(sigma'^2 - up^2) without the difference, which leaves nothing in float32 at sigma' = sigma / 4000
+        down = sigma_next * (1 - eta**2 + (eta * ratio) ** 2).sqrt()
         x = torch.lerp(denoised, x, down / sigma)
         if not to_zero:
             x = x + up * normal_like(x, generator)
@@ -125,7 +128,7 @@ def sample(
     levels outside the range [sigma_min, sigma_max] that the denoiser publishes.
     """
     low, high = getattr(denoiser, "sigma_min", 0.0), getattr(denoiser, "sigma_max", float("inf"))
-    for sigma in sigmas.tolist():
+    for sigma in sigmas.flatten().tolist():
         if sigma and not low * (1 - 1e-6) <= sigma <= high * (1 + 1e-6):
             raise ValueError(f"sigmas: {sigma:.6g} is outside the denoiser's range [{low:.6g}, {high:.6g}]")
     with torch.no_grad():
@@ -143,7 +146,8 @@ def nfe(solver: Solver, sigmas: Tensor) -> int:
         calls += 1
         return x
 
-    for _ in solver(count, torch.zeros(1), sigmas):
+    x, own = torch.zeros(1, dtype=torch.float64), torch.Generator()  # leaves torch's global generator alone
+    for _ in solver(count, x, sigmas, generator=own):
         pass
     return calls
 
@@ -154,8 +158,9 @@ def _levels(x: Tensor, sigmas: Tensor) -> Iterator[tuple[Tensor, Tensor, bool]]:
         raise ValueError(f"x: is {x.dtype}; the state must be float32 or float64 (autocast the network instead)")
     if sigmas.ndim != 1 or len(sigmas) < 2:
         raise ValueError(f"sigmas: has shape {list(sigmas.shape)}; needed is a 1-D tensor of at least two levels")
+    sigmas = sigmas.to(x.dtype)  # before the checks: levels may coincide, or be 0, in the state's precision only
     levels = sigmas.tolist()
     if not all(a > b >= 0 for a, b in pairwise(levels)) or levels[0] == float("inf"):
         raise ValueError(f"sigmas: {levels} do not fall strictly from a finite level to >= 0")
-    for (sigma, sigma_next), level_next in zip(pairwise(sigmas.to(x).unbind()), levels[1:], strict=True):
+    for (sigma, sigma_next), level_next in zip(pairwise(sigmas.to(x.device).unbind()), levels[1:], strict=True):
         yield sigma, sigma_next, level_next == 0
