@@ -97,3 +97,12 @@ def _read(file: Path, size: int, channels: int) -> Tensor:
     image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
     array = torch.from_numpy(np.array(image, dtype=np.float32)) / 127.5 - 1
     return array[None] if channels == 1 else array.permute(2, 0, 1)
+
+
+def epoch_order(n: int, seed: int, numbers: range) -> Tensor:
+    """Which of n images the samples with these global numbers see, [B]: every epoch is a fresh permutation of all."""
+    epochs = {number // n for number in numbers}
+    orders = {
+        e: np.random.Generator(np.random.Philox(key=np.array([seed, e], np.uint64))).permutation(n) for e in epochs
+    }
+    return torch.tensor([int(orders[number // n][number % n]) for number in numbers])

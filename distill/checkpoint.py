@@ -1,0 +1,135 @@
+"""Checkpoints that a kill at any moment cannot spoil: safetensors and JSON, moved into place when complete.
+
+A checkpoint is a folder step-00000100 with one file per network, one for each optimizer, and state.json with the
+SHA-256 of every file. It is written under another name, flushed to the disk, and renamed; what does not match its
+sums is never loaded. Random numbers need no saving: they are functions of (seed, step).
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Writes a file under a temporary name in its folder, flushes it to the disk and moves it into place."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save(
+    folder: Path, step: int, modules: dict[str, nn.Module], optimizers: dict[str, Optimizer], keep: int = 2
+) -> Path:
+    """Writes checkpoint `step` below `folder` and removes all but the newest `keep`; returns its folder.
+
+    Raises OSError if it cannot be written; the earlier checkpoints are then as they were.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    final, temporary = folder / f"step-{step:08d}", folder / f".step-{step:08d}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        groups = {}
+        for name, module in modules.items():
+            _write_tensors(temporary / f"{name}.safetensors", module.state_dict())
+        for name, optimizer in optimizers.items():
+            tensors, groups[name] = _flatten(optimizer.state_dict())
+            _write_tensors(temporary / f"{name}.optimizer.safetensors", tensors)
+        sums = {file.name: _sha256(file) for file in sorted(temporary.iterdir())}
+        state = {"step": step, "sha256": sums, "param_groups": groups}
+        write_atomically(temporary / "state.json", json.dumps(state, indent=1).encode())
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.replace(final)
+        _sync(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    for old in _folders(folder)[keep:]:
+        shutil.rmtree(old)
+    return final
+
+
+def newest(folder: Path) -> Path | None:
+    """The newest checkpoint below `folder` that is complete and unharmed; None if there is none."""
+    return next((checkpoint for checkpoint in _folders(folder) if _is_whole(checkpoint)), None)
+
+
+def load(checkpoint: Path, modules: dict[str, nn.Module], optimizers: dict[str, Optimizer]) -> int:
+    """Restores networks and optimizers in place, bit for bit; returns the step. Every key must fit."""
+    state = json.loads((checkpoint / "state.json").read_text())
+    for name, module in modules.items():
+        module.load_state_dict(load_file(checkpoint / f"{name}.safetensors"), strict=True)
+    for name, optimizer in optimizers.items():
+        tensors = load_file(checkpoint / f"{name}.optimizer.safetensors")
+        optimizer.load_state_dict(_unflatten(tensors, state["param_groups"][name]))
+    return int(state["step"])
+
+
+def load_weights(checkpoint: Path, name: str) -> dict[str, Tensor]:
+    """The weights of one network of a checkpoint."""
+    return load_file(checkpoint / f"{name}.safetensors")
+
+
+def _folders(folder: Path) -> list[Path]:
+    return sorted(folder.glob("step-*"), reverse=True)
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        sums = json.loads((checkpoint / "state.json").read_text())["sha256"]
+        return all(_sha256(checkpoint / name) == value for name, value in sums.items())
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    try:
+        save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, path)
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written ({error})") from error
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flatten(state: dict[str, Any]) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    """An optimizer's state as named tensors, and its parameter groups, which are JSON."""
+    tensors = {
+        f"{parameter}.{key}": torch.as_tensor(value)
+        for parameter, entries in state["state"].items()
+        for key, value in entries.items()
+    }
+    return tensors, state["param_groups"]
+
+
+def _unflatten(tensors: dict[str, Tensor], groups: list[dict[str, Any]]) -> dict[str, Any]:
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        parameter, key = name.split(".", 1)
+        state.setdefault(int(parameter), {})[key] = tensor
+    return {"state": state, "param_groups": groups}

@@ -1,0 +1,231 @@
+"""The `distill` command: reads a configuration and overrides, calls a function, and reports errors in one line.
+
+Nothing heavy is imported before a command runs, so that `--help` answers at once.
+"""
+
+import argparse
+import difflib
+import os
+import re
+import sys
+from importlib.metadata import version
+from itertools import pairwise
+from pathlib import Path
+from typing import NoReturn
+
+import yaml
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
+from pydantic import ValidationError
+
+from distill.config import COMMANDS, SolverName
+
+_DESCRIPTION = """One-step students of diffusion models.
+
+  distill teach  --config configs/digits-teacher.yaml       train a small teacher
+  distill train  --config configs/digits-reverse-kl.yaml    distil it into a one-step student
+  distill sample RUN_OR_PIPELINE --out grid.png             look at samples
+  distill export RUN FOLDER                                 write the student as a diffusers pipeline
+
+Every key of a configuration can be set on the command line: --optimizer.lr 1e-3.
+"""
+
+
+def main() -> None:
+    """The entry point: exit code 0, or 2 after a one-line message."""
+    try:
+        command, arguments = _parse(sys.argv[1:])
+        _COMMANDS[command](arguments)
+    except KeyboardInterrupt:
+        _fail("interrupted; continue with --resume", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except (ValueError, OSError, FloatingPointError) as error:
+        if os.environ.get("DISTILL_TRACEBACK"):
+            raise
+        _fail(explain(error))
+
+
+def explain(error: Exception) -> str:
+    """An exception as one line: what, which value, what is accepted."""
+    if isinstance(error, ValidationError):
+        first, more = error.errors()[0], error.error_count() - 1
+        key = ".".join(str(part) for part in first["loc"])
+        message = first["msg"].removeprefix("Value error, ")
+        value = "" if first["type"] in ("value_error", "missing") else f" (got {first['input']!r})"
+        return f"{key + ': ' if key else ''}{message}{value}{f'; and {more} more' if more else ''}"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or 'file'}: {error.strerror}"
+    return " ".join(str(error).split())
+
+
+class _Formatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the line breaks of a description."""
+
+
+class _Parser(ArgumentParser):
+    """A parser whose errors are one line and name the nearest known key."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        parser = getattr(ex, "subcommand_parser", None) or self
+        _fail(_one_line(str(ex or message), [action.dest for action in parser._actions]))
+
+
+def _one_line(message: str, known: list[str]) -> str:
+    """A message of jsonargparse, which has several lines, as one: the key, what is accepted, the value."""
+    text = " ".join(message.split())
+    text = re.sub(r"\[type=.*?For further information visit \S+?\.(?= |$)", "", text)
+    text = re.sub(r"\d+ validation errors? for \S+ ", "", text).replace("typing.", "")
+    text = re.sub(r'^.*?Parser key "([^"]+)":', r"\1:", text)
+    unknown = re.search(r"option '([^']+)'|unrecognized arguments: (?:--)?(\S+)", text, re.IGNORECASE)
+    if not unknown:
+        return re.sub(r"\.?\s*\.? Got value", ". Got value", text)
+    key = (unknown[1] or unknown[2]).partition("=")[0]
+    near = difflib.get_close_matches(key, known, n=1)
+    return f"{key}: unknown key" + (f"; the nearest known one is {near[0]}" if near else "")
+
+
+def _fail(message: str, code: int = 2) -> NoReturn:
+    if _is_first():
+        print(f"distill: error: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _parse(arguments: list[str]) -> tuple[str, Namespace]:
+    parser = _Parser(prog="distill", description=_DESCRIPTION, formatter_class=_Formatter)
+    parser.add_argument("--version", action="version", version=version("distill-diffusion"))
+    commands = parser.add_subcommands(dest="subcommand", metavar="COMMAND")
+    for name, schema in COMMANDS.items():
+        sub = _Parser(description=schema.__doc__)
+        sub.add_argument("--config", action="config", help="a YAML file; options after it override its keys")
+        sub.add_argument("--resume", action="store_true", help="continue the run from its last checkpoint")
+        sub.add_class_arguments(schema, as_group=False)
+        commands.add_subcommand(name, sub, help=schema.__doc__)
+    commands.add_subcommand("sample", _sample_parser(), help="Write a grid of samples of a run or a pipeline.")
+    commands.add_subcommand("export", _export_parser(), help="Write a student as a diffusers pipeline folder.")
+    _check_file(arguments)
+    parsed = parser.parse_args(arguments)
+    return parsed.subcommand, parsed[parsed.subcommand]
+
+
+def _check_file(arguments: list[str]) -> None:
+    """Says what is wrong with a configuration file as a whole, before its keys are looked at."""
+    for option, value in pairwise([*arguments, ""]):
+        name, _, joined = option.partition("=")
+        if name != "--config":
+            continue
+        file = Path(joined or value)
+        if not file.is_file():
+            raise ValueError(f"--config: {file}: there is no such file")
+        try:
+            content = yaml.safe_load(file.read_text())
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"--config: {file}: is not YAML ({' '.join(str(error).split())})") from error
+        if not isinstance(content, dict):
+            raise ValueError(f"--config: {file}: holds no keys")
+        if content.get("command") in COMMANDS and content["command"] != arguments[0]:
+            raise ValueError(
+                f"--config: {file}: is for `distill {content['command']}`, not for `distill {arguments[0]}`"
+            )
+
+
+def _sample_parser() -> ArgumentParser:
+    parser = _Parser(description="Write a grid of samples of a run of this library or a pipeline folder of diffusers.")
+    parser.add_argument("source", type=str, help="the folder")
+    parser.add_argument("--out", type=str, default="grid.png", help="the PNG to write")
+    parser.add_argument("--n", type=int, default=80, help="how many samples, ten to a row")
+    parser.add_argument("--seed", type=int, default=0, help="sample k depends on the seed and k only")
+    parser.add_argument("--sampler", type=SolverName, default="heun", help="for diffusion models")
+    parser.add_argument("--steps", type=int, default=18, help="of the sampler")
+    parser.add_argument("--guidance", type=float, default=1.0, help="classifier-free guidance scale; 1 is none")
+    parser.add_argument("--device", type=str, default="cpu", help="where the network runs")
+    return parser
+
+
+def _export_parser() -> ArgumentParser:
+    parser = _Parser(description="Write the student of a run as a diffusers pipeline folder with a model card.")
+    parser.add_argument("run", type=str, help="the run folder of `distill train`")
+    parser.add_argument("folder", type=str, help="the folder to write")
+    return parser
+
+
+def _experiment(arguments: Namespace) -> None:
+    """`distill teach` and `distill train`."""
+    values = arguments.as_dict()
+    resume = values.pop("resume")
+    values.pop("config", None)
+    config = COMMANDS[values["command"]].model_validate(values)
+
+    from distill import experiment
+
+    function = {"teach": experiment.teach, "train": experiment.train}[config.command]
+    with _Progress(config.steps) as progress:
+        folder = function(config, resume, progress)  # type: ignore[operator]
+    _say(f"{folder}")
+    _say(f"pictures: {Path(config.run) / 'samples'} and {Path(config.run) / 'curves.png'}")
+
+
+def _sample(arguments: Namespace) -> None:
+    """`distill sample`."""
+    if arguments.n < 1 or arguments.steps < 1:
+        raise ValueError(f"--n, --steps: {arguments.n}, {arguments.steps}; both must be at least 1")
+    out = Path(arguments.out)
+    if out.suffix.lower() != ".png":
+        raise ValueError(f"--out: {out} is not named .png")
+
+    from distill.generate import load_generator
+    from distill.pictures import save_grid
+
+    generator = load_generator(
+        arguments.source, arguments.sampler, arguments.steps, arguments.guidance, arguments.device
+    )
+    save_grid(generator(arguments.seed, range(arguments.n)), out)
+    _say(f"{out}: {arguments.n} samples, {generator.nfe} network evaluations each")
+
+
+def _export(arguments: Namespace) -> None:
+    """`distill export`."""
+    from distill.export import export_student
+
+    export_student(Path(arguments.run), Path(arguments.folder))
+    _say(f"{arguments.folder}: a ConsistencyModelPipeline; how to run it is in its README.md")
+
+
+class _Progress:
+    """A progress bar on a terminal, plain lines elsewhere; silent on all processes but the first."""
+
+    def __init__(self, steps: int) -> None:
+        self._steps, self._silent = steps, not _is_first()
+
+    def __enter__(self) -> "_Progress":
+        from tqdm import tqdm
+
+        self._bar = tqdm(total=self._steps, unit="step", disable=self._silent or not sys.stderr.isatty())
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def __call__(self, step: int, metrics: dict[str, float]) -> None:
+        shown = {name: f"{value:.4g}" for name, value in metrics.items()}
+        if self._bar.disable:
+            if not self._silent:
+                print(f"step {step}/{self._steps}", *(f"{k} {v}" for k, v in shown.items()), sep="  ", flush=True)
+        else:
+            self._bar.set_postfix(shown, refresh=False)
+            self._bar.update(step - self._bar.n)
+
+
+def _is_first() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _say(line: str) -> None:
+    if _is_first():
+        print(line)
+
+
+_COMMANDS = {"teach": _experiment, "train": _experiment, "sample": _sample, "export": _export}
+
+if __name__ == "__main__":
+    main()

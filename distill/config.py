@@ -1,0 +1,173 @@
+"""The schemas of the experiments: frozen, strict, and free of torch, so that `--help` answers at once.
+
+A configuration file is the whole record of an experiment. Its `command` says what it is for.
+"""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Scale = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+SolverName = Literal["euler", "heun", "ancestral", "dpmpp_2m"]
+
+
+class Section(BaseModel):
+    """A part of a configuration: no unknown keys, no changes after it is read."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Data(Section):
+    """Training images."""
+
+    name: Literal["digits", "folder"] = Field("digits", description="the embedded 8x8 digits, or a folder of images")
+    path: str | None = Field(None, description="the folder, for name: folder; sub-folders are classes")
+    size: Annotated[int, Field(ge=4, multiple_of=4)] = Field(8, description="height and width in pixels")
+    channels: Literal[1, 3] = Field(1, description="1 (grey) or 3 (RGB)")
+
+    @model_validator(mode="after")
+    def _path_fits_name(self) -> Self:
+        if (self.path is not None) != (self.name == "folder"):
+            raise ValueError(f"path: {self.path!r} does not go with name: {self.name} (only a folder has a path)")
+        if self.name == "digits" and (self.size, self.channels) != (8, 1):
+            raise ValueError(f"size, channels: {self.size}, {self.channels}; the digits are 8x8 and have 1 channel")
+        return self
+
+
+class Network(Section):
+    """A diffusers UNet2DModel."""
+
+    channels: Annotated[tuple[int, ...], Field(min_length=1)] = Field(
+        (32, 64), description="width at each resolution; every level after the first halves the size"
+    )
+    layers: Count = Field(1, description="residual blocks at each level")
+    attention: Annotated[tuple[int, ...], Field()] = Field((), description="levels with self-attention, from 0")
+    dropout: Fraction = Field(0.0, description="dropout inside the residual blocks")
+
+    @model_validator(mode="after")
+    def _levels_exist(self) -> Self:
+        if any(width < 8 or width % 8 for width in self.channels):
+            raise ValueError(f"channels: {list(self.channels)} are not multiples of 8")
+        if any(not 0 <= level < len(self.channels) for level in self.attention):
+            raise ValueError(f"attention: {list(self.attention)} are not levels in 0 .. {len(self.channels) - 1}")
+        return self
+
+
+class Optimizer(Section):
+    """AdamW with a learning rate that warms up, then follows its schedule to the last step."""
+
+    lr: Positive = Field(1e-3, description="peak learning rate")
+    betas: tuple[Fraction, Fraction] = Field((0.9, 0.99), description="decay of the two moments")
+    weight_decay: Scale = Field(0.0, description="decoupled weight decay")
+    schedule: Literal["constant", "cosine"] = Field("cosine", description="after the warm-up")
+    warmup: Annotated[int, Field(ge=0)] = Field(0, description="steps of linear warm-up")
+    clip: Positive | None = Field(None, description="largest norm of the gradient; null is no clipping")
+
+
+class LogNormal(Section):
+    """Noise levels: ln sigma ~ N(mean, std^2), kept inside the denoiser's range (Karras et al. 2022)."""
+
+    mean: Annotated[float, Field(allow_inf_nan=False)] = Field(-1.2, description="mean of ln sigma")
+    std: Positive = Field(1.2, description="standard deviation of ln sigma")
+
+
+class Logging(Section):
+    """What a run writes, in steps. None of it changes the result."""
+
+    log_every: Count = Field(10, description="between lines of metrics.jsonl")
+    sample_every: Count = Field(100, description="between grids of samples and training curves")
+    checkpoint_every: Count = Field(100, description="between checkpoints; the last two are kept")
+
+
+class Teach(Section):
+    """Train a small class-conditional EDM teacher and save it as a diffusers folder."""
+
+    command: Literal["teach"] = Field("teach", description="what this file is for")
+    run: str = Field(description="the run folder")
+    seed: Seed = Field(0, description="decides everything random")
+    data: Data = Data()
+    network: Network = Network()
+    optimizer: Optimizer = Optimizer()
+    sigma_data: Positive = Field(0.5, description="standard deviation of the data")
+    sigma_min: Positive = Field(0.01, description="lowest noise level: there D(x, sigma_min) = x")
+    sigma_max: Positive = Field(20.0, description="highest noise level")
+    noise: LogNormal = LogNormal()
+    label_dropout: Fraction = Field(0.1, description="share of labels replaced by the null label, for guidance")
+    ema: Fraction = Field(0.998, description="decay of the average of the weights")
+    steps: Count = Field(1000, description="updates")
+    batch_size: Count = Field(128, description="images per update, over all processes")
+    logging: Logging = Logging()
+
+    @model_validator(mode="after")
+    def _range(self) -> Self:
+        if self.sigma_min >= self.sigma_max:
+            raise ValueError(f"sigma_min: {self.sigma_min} is not below sigma_max: {self.sigma_max}")
+        return self
+
+
+class TeacherSource(Section):
+    """The diffusion model to distil."""
+
+    path: str = Field(description="a pipeline folder of diffusers, or the run folder of `distill teach`")
+    guidance: Scale = Field(1.0, description="classifier-free guidance scale; 1 is none")
+
+
+class Student(Section):
+    """x = D_theta(sigma_init z, sigma_init), initialised from the teacher."""
+
+    sigma_init: Positive = Field(2.5, description="noise level of the student's input")
+    optimizer: Optimizer = Optimizer(lr=2e-4, betas=(0.0, 0.99))
+    ema: Fraction = Field(0.99, description="decay of the average of the weights")
+
+
+class Fake(Section):
+    """The online denoiser of the student's samples, initialised from the teacher."""
+
+    optimizer: Optimizer = Optimizer(lr=4e-4, betas=(0.0, 0.99))
+    noise: LogNormal = LogNormal()
+    steps: Count = Field(1, description="updates for each update of the student")
+
+
+class StudentNoise(Section):
+    """Noise levels of the student's loss: uniform in the index of the Karras grid."""
+
+    sigma_min: Positive | None = Field(None, description="lowest level; null is the teacher's")
+    sigma_max: Positive | None = Field(None, description="highest level; null is the teacher's")
+    rho: Positive = Field(7.0, description="exponent of the grid")
+    trim: Annotated[float, Field(ge=0, lt=0.5)] = Field(0.02, description="share left out at each end")
+
+
+class TargetChoice(Section):
+    """What the student is pulled towards."""
+
+    name: Literal["fixed"] = Field("fixed", description="fixed: the teacher throughout")
+
+
+class DivergenceChoice(Section):
+    """The divergence D_f(teacher || student) that is minimised."""
+
+    name: Literal["reverse-kl"] = Field("reverse-kl", description="its weight h(r) = r^2 f''(r) is 1")
+
+
+class Train(Section):
+    """Distil a teacher into a one-step student."""
+
+    command: Literal["train"] = Field("train", description="what this file is for")
+    run: str = Field(description="the run folder")
+    seed: Seed = Field(0, description="decides everything random")
+    teacher: TeacherSource
+    student: Student = Student()
+    fake: Fake = Fake()
+    noise: StudentNoise = StudentNoise()
+    target: TargetChoice = TargetChoice()
+    divergence: DivergenceChoice = DivergenceChoice()
+    steps: Count = Field(400, description="updates of the student")
+    batch_size: Count = Field(128, description="samples per update, over all processes")
+    logging: Logging = Logging()
+
+
+COMMANDS: dict[str, type[Teach] | type[Train]] = {"teach": Teach, "train": Train}

@@ -1,0 +1,106 @@
+"""Teachers and students as ordinary diffusers pipeline folders, which load where this library is not installed.
+
+A class-conditional EDM denoiser fits one stock pipeline: ConsistencyModelPipeline with CMStochasticIterativeScheduler,
+whose scalings are EDM's up to the boundary sigma_min and whose timestep is 250 ln sigma. One step of it from
+sigma_max = sigma_init returns D(sigma_init z, sigma_init), clip_denoised being off: the student, exactly.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import nn
+
+from distill import checkpoint
+from distill.card import student_card
+from distill.checkpoint import write_atomically
+from distill.config import Train
+from distill.teacher import FACTS
+
+EXPORTABLE = "CMStochasticIterativeScheduler"
+
+
+def teacher_scheduler(sigma_data: float, sigma_min: float, sigma_max: float) -> Any:
+    """The scheduler that records an EDM denoiser's coordinates, with D(x, sigma_min) = x."""
+    from diffusers import CMStochasticIterativeScheduler
+
+    return CMStochasticIterativeScheduler(
+        sigma_min=sigma_min, sigma_max=sigma_max, sigma_data=sigma_data, clip_denoised=False
+    )
+
+
+def save_pipeline(folder: Path, network: nn.Module, scheduler: Any, facts: dict[str, Any], card: str) -> None:
+    """Writes a ConsistencyModelPipeline folder with safetensors and a model card, moved into place when complete.
+
+    Raises OSError if it cannot be written, ValueError where `folder` holds something that is no pipeline.
+    """
+    from diffusers import ConsistencyModelPipeline
+
+    if folder.exists() and not (folder / "model_index.json").is_file() and any(folder.iterdir()):
+        raise ValueError(f"{folder}: holds files that are no pipeline; choose another folder")
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        ConsistencyModelPipeline(network, scheduler).save_pretrained(temporary, safe_serialization=True)
+        write_atomically(temporary / FACTS, json.dumps(facts, indent=1).encode())
+        write_atomically(temporary / "README.md", card.encode())
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.replace(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def load_student_network(run: Path) -> tuple[Any, Any, dict[str, Any], Train]:
+    """The averaged student of a run's newest checkpoint: its network, scheduler, facts and configuration.
+
+    The null label, which a student never sees, is cut from the class embedding. Raises ValueError for a folder that is
+    no run of `distill train`, or has no checkpoint yet.
+    """
+    import diffusers
+
+    file = run / "config.yaml"
+    record = yaml.safe_load(file.read_text()) if file.is_file() else {}
+    if record.get("command") != "train":
+        raise ValueError(f"{run}: is no run folder of `distill train`")
+    config = Train.model_validate(record)
+    found = checkpoint.newest(run / "checkpoints")
+    if found is None:
+        raise ValueError(f"{run}: has no checkpoint yet")
+
+    network_config = json.loads((run / "network/unet/config.json").read_text())
+    index = json.loads((run / "network/model_index.json").read_text())
+    scheduler_config = json.loads((run / "network/scheduler/scheduler_config.json").read_text())
+    scheduler = getattr(diffusers, index["scheduler"][1]).from_config(scheduler_config)
+    facts_file = run / "network" / FACTS
+    facts = json.loads(facts_file.read_text()) if facts_file.is_file() else {}
+
+    weights = {k.removeprefix("network."): v for k, v in checkpoint.load_weights(found, "average").items()}
+    if facts.get("null_label") is not None:
+        network_config["num_class_embeds"] = facts["null_label"]
+        weights["class_embedding.weight"] = weights["class_embedding.weight"][: facts["null_label"]].clone()
+    network = diffusers.UNet2DModel.from_config(network_config)
+    network.load_state_dict(weights, strict=True)
+    facts = {"kind": "student", "classes": facts.get("classes", []), "null_label": None}
+    return network.eval(), scheduler, facts, config
+
+
+def export_student(run: Path, folder: Path) -> None:
+    """Writes the student of a run as a stock pipeline folder: one step gives the student's images.
+
+    Raises ValueError for a teacher in coordinates for which no stock pipeline gives exactly the student.
+    """
+    from diffusers import CMStochasticIterativeScheduler
+
+    network, scheduler, facts, config = load_student_network(run)
+    if type(scheduler).__name__ != EXPORTABLE:
+        raise ValueError(
+            f"{run}: its teacher has a {type(scheduler).__name__}; a stock pipeline that gives exactly the one-step "
+            f"student is known for {EXPORTABLE}"
+        )
+    settings = {"sigma_max": config.student.sigma_init, "clip_denoised": False}
+    one_step = CMStochasticIterativeScheduler.from_config(scheduler.config, **settings)
+    save_pipeline(folder, network, one_step, facts, student_card(config, facts["classes"]))

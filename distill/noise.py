@@ -1,0 +1,62 @@
+"""Which samples a process works on, and at which noise levels."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from distill.config import LogNormal, StudentNoise
+from samplers import SampleNoise
+from samplers.schedules import karras_sigma
+
+
+@dataclass(frozen=True)
+class Share:
+    """A process's rows of every global batch: sample k is the same whatever the number of processes.
+
+    Raises ValueError if the batch does not divide among the processes.
+    """
+
+    seed: int
+    batch_size: int
+    rank: int = 0
+    processes: int = 1
+
+    def __post_init__(self) -> None:
+        if self.batch_size % self.processes:
+            raise ValueError(f"batch_size: {self.batch_size} does not divide among {self.processes} processes")
+
+    def numbers(self, batch: int) -> range:
+        """The global numbers of this process's samples in the batch number `batch`."""
+        rows = self.batch_size // self.processes
+        start = batch * self.batch_size + self.rank * rows
+        return range(start, start + rows)
+
+    def noise(self, batch: int) -> SampleNoise:
+        """The streams of those samples."""
+        return SampleNoise(self.seed, self.numbers(batch))
+
+
+def karras_level(u: Tensor, config: StudentNoise, sigma_min: float, sigma_max: float) -> Tensor:
+    """Noise levels [B], uniform in the index of the Karras grid, from u in [0, 1), without the trimmed ends."""
+    return karras_sigma(config.trim + (1 - 2 * config.trim) * u, sigma_min, sigma_max, config.rho)
+
+
+def log_normal_level(u: Tensor, config: LogNormal, sigma_min: float, sigma_max: float) -> Tensor:
+    """Noise levels [B], log-normal and truncated to the range, from u in [0, 1) by the inverse distribution."""
+    ends = torch.tensor([sigma_min, sigma_max], dtype=torch.float64)
+    low, high = torch.special.ndtr((ends.log() - config.mean) / config.std).tolist()
+    z = torch.special.ndtri(low + (high - low) * u)
+    return (config.mean + config.std * z).exp().clamp(sigma_min, sigma_max)  # against rounding at the ends
+
+
+def check_range(low: float | None, high: float | None, sigma_min: float, sigma_max: float) -> tuple[float, float]:
+    """A configured range, its open ends filled from the denoiser's; ValueError where it reaches outside."""
+    chosen = (sigma_min if low is None else low, sigma_max if high is None else high)
+    if not (sigma_min <= chosen[0] < chosen[1] <= sigma_max) or not math.isfinite(chosen[1]):
+        raise ValueError(
+            f"noise.sigma_min, noise.sigma_max: {chosen[0]:.6g}, {chosen[1]:.6g} is not a range inside the teacher's "
+            f"[{sigma_min:.6g}, {sigma_max:.6g}]"
+        )
+    return chosen

@@ -1,0 +1,54 @@
+"""One network's update: backward, clip, learning rate, AdamW."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from distill.config import Optimizer as OptimizerConfig
+
+
+def adamw(network: nn.Module, config: OptimizerConfig) -> Optimizer:
+    """Fused AdamW over a network's trainable parameters."""
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    fused = all(p.device.type in ("cpu", "cuda") for p in parameters)
+    return torch.optim.AdamW(
+        parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=fused
+    )
+
+
+def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
+    """The learning rate of update `step` (from 0) of `steps`: a linear warm-up, then constant or half a cosine to 0."""
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    if config.schedule == "constant":
+        return config.lr
+    progress = (step - config.warmup) / max(1, steps - config.warmup)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class Update:
+    """One optimizer step on a loss []: the only place that turns a loss into new weights.
+
+    backward: how the loss is differentiated (accelerate's `backward`, which scales and synchronises, or Tensor's).
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        schedule: Callable[[int], float],
+        clip: float | None = None,
+        backward: Callable[[Tensor], object] = Tensor.backward,
+    ) -> None:
+        self.optimizer, self._schedule, self._clip, self._backward = optimizer, schedule, clip, backward
+
+    def __call__(self, loss: Tensor, step: int) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        self._backward(loss)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._schedule(step)
+            if self._clip is not None:
+                nn.utils.clip_grad_norm_(group["params"], self._clip)
+        self.optimizer.step()

@@ -1,0 +1,74 @@
+"""The pictures that a run leaves: grids of samples and training curves, as PNG."""
+
+import io
+import json
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from distill.checkpoint import write_atomically
+
+
+def save_grid(images: Tensor, path: Path, columns: int = 10, shortest: int = 32) -> None:
+    """Writes images [N, C, H, W] in [-1, 1] as one PNG; small ones are enlarged to at least `shortest` pixels."""
+    from PIL import Image
+    from torchvision.utils import make_grid
+
+    factor = math.ceil(shortest / images.shape[-1])
+    large = images.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
+    grid = make_grid(to_uint8(large), nrow=columns, padding=max(2, factor // 2), pad_value=128)
+    _write_png(Image.fromarray(grid.permute(1, 2, 0).numpy()), path)
+
+
+def side_by_side(rows: list[tuple[str, Tensor]], path: Path, columns: int = 10) -> None:
+    """Writes titled grids of images [N, C, H, W] in [-1, 1] next to each other as one PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.2 * len(rows), 4.6), layout="constrained")
+    for axes, (title, images) in zip(figure.subplots(1, len(rows), squeeze=False)[0], rows, strict=True):
+        n, channels, height, width = images.shape
+        cells = to_uint8(images).reshape(n // columns, columns, channels, height, width)
+        picture = cells.permute(0, 3, 1, 4, 2).reshape(n // columns * height, columns * width, channels)
+        axes.imshow(picture.expand(-1, -1, 3).numpy(), interpolation="nearest")
+        axes.set_title(title)
+        axes.set_axis_off()
+    _write_figure(figure, path)
+
+
+def save_curves(metrics_file: Path, path: Path) -> None:
+    """Draws every metric of a metrics.jsonl against the step, one panel each, as one PNG."""
+    from matplotlib.figure import Figure
+
+    lines = [json.loads(line) for line in metrics_file.read_text().splitlines()]
+    names = [name for name in lines[0] if name not in ("step", "seconds")]
+    figure = Figure(figsize=(4.5 * len(names), 3.2), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        values = [line[name] for line in lines]
+        axes.plot([line["step"] for line in lines], values, linewidth=1)
+        axes.set_title(name.replace("_", " "))
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.3)
+        if min(values) > 0:
+            axes.set_yscale("log")
+    _write_figure(figure, path)
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Images in [-1, 1] as a PNG holds them: 127.5 x + 128, clipped, rounded down."""
+    return (127.5 * images.detach().cpu().float() + 128).clamp(0, 255).to(torch.uint8)
+
+
+def _write_figure(figure: object, path: Path) -> None:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)  # type: ignore[attr-defined]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, buffer.getvalue())
+
+
+def _write_png(image: object, path: Path) -> None:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")  # type: ignore[attr-defined]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, buffer.getvalue())

@@ -1,0 +1,163 @@
+"""A run folder and the loop that fills it: metrics, checkpoints, pictures; killed, it resumes bit for bit.
+
+config.yaml     the resolved configuration; `--config RUN/config.yaml` repeats the run
+versions.json   of Python and the libraries
+metrics.jsonl   one line per interval: step, seconds, the mean of every metric
+checkpoints/    step-00000100/ ...     samples/  step-00000100.png ...     curves.png
+"""
+
+import json
+import platform
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import yaml
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from distill import checkpoint, pictures
+from distill.checkpoint import write_atomically
+from distill.config import Logging, Section
+
+LIBRARIES = ("torch", "diffusers", "accelerate", "safetensors", "numpy")
+
+
+class Stepper(Protocol):
+    """What the loop drives: a Trainer or a Pretrainer."""
+
+    def step(self, n: int) -> dict[str, Tensor]: ...
+
+
+class Run:
+    """A run folder, new or resumed.
+
+    Raises ValueError where the folder already holds a run and `resume` is off, or where the configuration of a
+    resumed run has changed (it names the keys; those of `logging` may change).
+    """
+
+    def __init__(self, config: Section, resume: bool, accelerator: Accelerator) -> None:
+        self.folder = Path(str(config.model_dump()["run"]))
+        self.accelerator = accelerator
+        self._started = time.monotonic()
+        record = config.model_dump(mode="json")
+        file = self.folder / "config.yaml"
+        if file.is_file():
+            if not resume:
+                raise ValueError(f"run: {self.folder} holds a run already; continue it with --resume or choose another")
+            before = yaml.safe_load(file.read_text())
+            changed = sorted(_differences(before, record))
+            if changed:
+                raise ValueError(f"--resume: the configuration of {self.folder} has changed in {', '.join(changed)}")
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(file, yaml.safe_dump(record, sort_keys=False).encode())
+            versions = {name: version(name) for name in LIBRARIES} | {"python": platform.python_version()}
+            write_atomically(self.folder / "versions.json", json.dumps(versions, indent=1).encode())
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.folder / "metrics.jsonl"
+
+    def restore(self, modules: dict[str, nn.Module], optimizers: dict[str, Optimizer]) -> int:
+        """Loads the newest whole checkpoint, if there is one, and returns the number of steps done."""
+        found = checkpoint.newest(self.folder / "checkpoints")
+        step = checkpoint.load(found, modules, optimizers) if found else 0
+        if self.accelerator.is_main_process and self.metrics_file.is_file():
+            lines = [line for line in self.metrics_file.read_text().splitlines() if _step_of(line) <= step]
+            write_atomically(self.metrics_file, "".join(f"{line}\n" for line in lines).encode())
+        return step
+
+    def record(self, step: int, values: dict[str, float]) -> None:
+        """Adds a line to metrics.jsonl."""
+        line = {"step": step, "seconds": round(time.monotonic() - self._started, 3), **values}
+        with self.metrics_file.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def drive(
+    run: Run,
+    stepper: Stepper,
+    steps: int,
+    logging: Logging,
+    modules: dict[str, nn.Module],
+    optimizers: dict[str, Optimizer],
+    preview: Callable[[], Tensor],
+    seed: int,
+    progress: Callable[[int, dict[str, float]], None],
+) -> None:
+    """Runs a stepper from where the run stands to `steps`, and writes everything that the run folder holds.
+
+    modules, optimizers: the state that checkpoints keep. preview: images of the present state. progress(step, metrics)
+    is called once an interval. Between intervals nothing is copied from the device. Raises FloatingPointError, naming
+    the step, for a metric or a weight that is not finite; the last checkpoint is then from before it.
+    """
+    start = run.restore(modules, optimizers)
+    accelerator = run.accelerator
+    waiting: list[dict[str, Tensor]] = []
+    for n in range(start, steps):
+        # Dropout is the only user of the global generator; like all other noise it is a function of the step.
+        torch.manual_seed((seed << 32) + n * accelerator.num_processes + accelerator.process_index)
+        waiting.append(stepper.step(n))
+
+        done, last = n + 1, n + 1 == steps
+        if last or any(done % every == 0 for every in (logging.log_every, logging.checkpoint_every)):
+            values = _means(waiting, done, accelerator, run.folder)
+            waiting = []
+            if accelerator.is_main_process:
+                run.record(done, values)
+                progress(done, values)
+        if last or done % logging.checkpoint_every == 0:
+            _check_weights(modules, done, run.folder)
+            if accelerator.is_main_process:
+                checkpoint.save(run.folder / "checkpoints", done, modules, optimizers)
+            accelerator.wait_for_everyone()
+        if (last or done % logging.sample_every == 0) and accelerator.is_main_process:
+            pictures.save_grid(preview(), run.folder / "samples" / f"step-{done:08d}.png")
+            pictures.save_curves(run.metrics_file, run.folder / "curves.png")
+
+
+def _means(waiting: list[dict[str, Tensor]], done: int, accelerator: Accelerator, folder: Path) -> dict[str, float]:
+    """The mean of each metric over the interval and the processes: one copy from the device."""
+    names = list(waiting[0])
+    table = torch.stack([torch.stack([metrics[name].float() for name in names]) for metrics in waiting])
+    table = accelerator.reduce(table, reduction="mean").cpu()
+    for row, values in enumerate(table):
+        if not bool(values.isfinite().all()):
+            name, value = next((n, v) for n, v in zip(names, values.tolist(), strict=True) if not abs(v) < float("inf"))
+            raise _not_finite(f"{name} is {value}", done - len(table) + row + 1, folder)
+    return dict(zip(names, table.mean(0).tolist(), strict=True))
+
+
+def _check_weights(modules: dict[str, nn.Module], done: int, folder: Path) -> None:
+    for name, module in modules.items():
+        norms = torch.stack(torch._foreach_norm(list(module.parameters())))
+        if not bool(norms.isfinite().all()):
+            raise _not_finite(f"a weight of the {name} is not finite", done, folder)
+
+
+def _not_finite(what: str, step: int, folder: Path) -> FloatingPointError:
+    kept = checkpoint.newest(folder / "checkpoints")
+    return FloatingPointError(
+        f"step {step}: {what}; stopped. The last good checkpoint is {kept.name if kept else 'none'}"
+    )
+
+
+def _differences(before: Any, after: Any, prefix: str = "") -> list[str]:
+    """The dotted keys at which two configurations differ, those of `logging` and `run` left out."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        keys = [key for key in {**before, **after} if prefix or key not in ("logging", "run")]
+        return [d for key in keys for d in _differences(before.get(key), after.get(key), f"{prefix}{key}.")]
+    return [] if before == after else [prefix.rstrip(".")]
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")  # a line that a kill cut short

@@ -1,0 +1,123 @@
+"""The model that is distilled: a diffusers pipeline folder as one frozen denoiser, with what it is conditioned on."""
+
+import copy
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from samplers import Denoiser, Guided, NetworkDenoiser, SampleNoise, denoiser_from
+
+FACTS = "distill.json"  # beside model_index.json: what a diffusers folder has no place for
+SUPPORTED = ("UNet2DModel",)
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A frozen denoiser, the shape [C, H, W] of its samples and their conditions.
+
+    n_classes: class labels are drawn from 0 .. n_classes - 1; None is an unconditional model. null_label: the label
+    that stands for "no class", needed for guidance; None if the model has none. facts: what `distill.json` says.
+    """
+
+    denoiser: NetworkDenoiser
+    scheduler: Any
+    shape: tuple[int, ...]
+    n_classes: int | None = None
+    null_label: int | None = None
+    guidance: float = 1.0
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, path: str | Path, guidance: float = 1.0) -> Self:
+        """Reads a pipeline folder of diffusers, or a run folder of `distill teach`, from local safetensors only.
+
+        Raises ValueError for a folder that is neither, for a network other than a UNet2DModel, a scheduler that is not
+        understood, or guidance of a model without a null label.
+        """
+        folder = pipeline_folder(path)
+        network, scheduler = read_pipeline(folder)
+        denoiser = denoiser_from(network, scheduler).requires_grad_(False).eval()
+
+        facts_file = folder / FACTS
+        facts = json.loads(facts_file.read_text()) if facts_file.is_file() else {}
+        n_classes = len(facts["classes"]) if facts.get("classes") else network.config.num_class_embeds
+        size = network.config.sample_size
+        height, width = size if isinstance(size, list | tuple) else (size, size)
+        null_label = facts.get("null_label")
+        if guidance != 1 and null_label is None:
+            raise ValueError(
+                f"guidance: {guidance} needs a null label, and {path} names none "
+                f'(a file {FACTS} with "classes" and "null_label" beside model_index.json would)'
+            )
+        shape = (network.config.in_channels, height, width)
+        return cls(denoiser, scheduler, shape, n_classes, null_label, guidance, facts)
+
+    def __call__(self, x: Tensor, sigma: Tensor, cond: Any = None) -> Tensor:
+        return self.guided(x, sigma, cond)
+
+    @property
+    def guided(self) -> Denoiser:
+        """The denoiser with its guidance: x [B, C, H, W], sigma [] or [B], cond: labels [B] or None."""
+        if self.guidance == 1:
+            return self.denoiser
+        return Guided(self.denoiser, self.guidance, self.null_label)
+
+    @property
+    def sigma_min(self) -> float:
+        return self.denoiser.sigma_min
+
+    @property
+    def sigma_max(self) -> float:
+        return self.denoiser.sigma_max
+
+    def clone(self) -> NetworkDenoiser:
+        """A trainable copy of the denoiser, without guidance: where a student or a fake score starts."""
+        return copy.deepcopy(self.denoiser).requires_grad_(True)
+
+    def conditions(self, noise: SampleNoise, device: torch.device | str = "cpu") -> Tensor | None:
+        """Class labels [B], uniform, each from its sample's stream; None if the model is unconditional."""
+        return None if self.n_classes is None else noise.integers(self.n_classes, device)
+
+
+def pipeline_folder(path: str | Path) -> Path:
+    """The folder with a model_index.json: `path`, or `path`/model where `path` is a run of `distill teach`."""
+    for folder in (Path(path), Path(path) / "model"):
+        if (folder / "model_index.json").is_file():
+            return folder
+    if not Path(path).is_dir():
+        raise ValueError(f"{path}: there is no such folder")
+    unfinished = (
+        " (this run has not finished: continue it with --resume)" if (Path(path) / "config.yaml").is_file() else ""
+    )
+    raise ValueError(f"{path}: is no pipeline folder of diffusers, there is no model_index.json in it{unfinished}")
+
+
+def read_pipeline(folder: Path) -> tuple[Any, Any]:
+    """The network and the scheduler of a pipeline folder. Reads safetensors and JSON only."""
+    import diffusers
+
+    try:
+        index = json.loads((folder / "model_index.json").read_text())
+        library, network_class = index["unet"]
+        _, scheduler_class = index["scheduler"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{folder}: its model_index.json names no unet and scheduler; supported is a {' or '.join(SUPPORTED)}"
+        ) from error
+    if library != "diffusers" or network_class not in SUPPORTED:
+        raise ValueError(f"{folder}: its network is a {network_class}; supported is a {' or '.join(SUPPORTED)}")
+    if not hasattr(diffusers, scheduler_class):
+        raise ValueError(f"{folder}: its scheduler {scheduler_class} is not one of diffusers")
+
+    scheduler = getattr(diffusers, scheduler_class).from_pretrained(folder / "scheduler", local_files_only=True)
+    try:
+        network = getattr(diffusers, network_class).from_pretrained(
+            folder / "unet", use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False
+        )
+    except Exception as error:  # diffusers raises a different type for each thing that can be wrong with a folder
+        raise ValueError(f"{folder / 'unet'}: cannot be read ({str(error).splitlines()[0]})") from error
+    return network, scheduler
