@@ -72,7 +72,7 @@ class GaussianMixture:
 
         Raises ValueError where there is no density: a singular covariance at sigma = 0.
         """
-        z, noise = self._whitened(x, torch.as_tensor(sigma))
+        z, noise = self._whitened(x, torch.as_tensor(sigma, dtype=self.means.dtype))
         if bool((self._variances + noise <= 0).any()):
             raise ValueError("sigma: 0 with a singular covariance; the mixture has no density there")
         return (self.log_weights + self._log_components(z, noise)).logsumexp(-1)
