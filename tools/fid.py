@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--features", choices=EXTRACTOR_NAMES, default="digits", help="extractor of FD, precision and recall")
     add("--n", type=_whole(FEWEST), default=2000, help="samples in a draw (default: 2000)")
     add("--draws", type=_whole(1), default=3, help="independent draws of each source (default: 3)")
-    add("--seed", type=_whole(0), default=0, help="draw j uses seed + j (default: 0)")
+    add("--seed", type=_whole(0, 2**32 - 1), default=0, help="draw j uses seed + j (default: 0)")
     add("--steps", type=_whole(1), default=18, help="sampling steps of a teacher (default: 18)")
     add("--sampler", default="heun", help="how a teacher is sampled (default: heun)")
     add("--guidance", type=_finite, default=1.0, help="classifier-free guidance scale; 1 is none (default: 1)")
@@ -69,15 +69,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _whole(least: int) -> Any:
+def _whole(least: int, most: int = 2**31 - 1) -> Any:
     def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = least - 1
-        if value < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of {least} or more")
-        return value
+        if not (text.isascii() and text.isdigit() and least <= int(text) <= most):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} to {most}")
+        return int(text)
 
     return parse
 
@@ -93,6 +89,7 @@ def _finite(text: str) -> float:
 
 
 def _stats(arguments: argparse.Namespace) -> int:
+    _existing(arguments.source)
     _make_room(arguments.out)
     from tools.features import EXTRACTORS
     from tools.scores import BATCH
@@ -111,11 +108,14 @@ def _stats(arguments: argparse.Namespace) -> int:
 
 def _score(arguments: argparse.Namespace, command: str) -> int:
     named = _named(arguments.sources)
+    for path in (arguments.reference, *named.values()):
+        _existing(path)
     if arguments.out is not None:
         _make_room(arguments.out)
     from tools.report import markdown_table, write_json
     from tools.scores import Reference
 
+    _known_device(arguments.device)
     reference = Reference.of(_reference_images(arguments.reference), arguments.features)
     sources = {name: _source(path, arguments) for name, path in named.items()}  # all errors come before the work
     entries = [_entry(name, named[name], source, reference, arguments) for name, source in sources.items()]
@@ -141,6 +141,15 @@ def _score(arguments: argparse.Namespace, command: str) -> int:
     return 0
 
 
+def _known_device(device: str) -> None:
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the second is torch's word for "built without CUDA"
+        raise ValueError(f"device: {device!r} is not one of this machine ({str(error).splitlines()[0]})") from error
+
+
 def _named(sources: list[str]) -> dict[str, str]:
     """NAME=PATH or PATH -> {name: path}; a path that exists as written has no name in it."""
     named: dict[str, str] = {}
@@ -154,6 +163,11 @@ def _named(sources: list[str]) -> dict[str, str]:
             raise ValueError(f"source: two are called {name!r}; write NAME=PATH to tell them apart")
         named[name] = path
     return named
+
+
+def _existing(path: str) -> None:
+    if path != "digits" and not Path(path).is_dir():
+        raise ValueError(f"source: {path!r} is not a folder, nor 'digits'")
 
 
 def _reference_images(path: str) -> "Tensor":
@@ -181,7 +195,7 @@ def _source(path: str, arguments: argparse.Namespace) -> "Source":
         guidance=arguments.guidance,
         device=arguments.device,
     )
-    return Generated(generator, arguments.device)
+    return Generated(generator)
 
 
 def _entry(name: str, path: str, source: "Source", reference: "Reference", arguments: argparse.Namespace) -> "Entry":

@@ -60,10 +60,9 @@ class Fixed:
 
 @dataclass(frozen=True)
 class Generated:
-    """Images that a generator makes on `device`."""
+    """Images that a generator makes."""
 
     generator: Generator
-    device: str = "cpu"
 
     @property
     def nfe(self) -> int:
@@ -76,17 +75,11 @@ class Generated:
             batches, seconds = [], 0.0
             for start in range(0, n, BATCH):
                 indices = range(start, min(start + BATCH, n))
-                begun = self._clock()
-                batches.append(self.generator(seed + draw, indices))
-                seconds += self._clock() - begun
+                begun = time.perf_counter()
+                batches.append(self.generator(seed + draw, indices).float().cpu())  # waits for the device
+                seconds += time.perf_counter() - begun
                 progress(len(indices))
-            images = torch.cat(batches).float().cpu()
-            yield Draw(images, self.generator.labels(range(n)), seconds)
-
-    def _clock(self) -> float:
-        if self.device.startswith("cuda"):
-            torch.cuda.synchronize(self.device)  # work that is only queued is not done
-        return time.perf_counter()
+            yield Draw(torch.cat(batches), self.generator.labels(range(n)), seconds)
 
 
 Source = Fixed | Generated
@@ -106,8 +99,16 @@ def image_folder(path: str | Path) -> Images:
     from PIL import Image
 
     root = Path(path)
+    if not root.is_dir():
+        raise ValueError(f"images: {root} is not a folder")
+    files = sorted(f for f in root.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES and f.is_file())
+    if not files:
+        raise ValueError(
+            f"images: {root} has no images ({', '.join(IMAGE_SUFFIXES)}), and is no run or pipeline either"
+        )
+
     size, channels = 0, 1
-    for file in sorted(f for f in root.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES and f.is_file()):
+    for file in files:
         try:
             with Image.open(file) as image:
                 width, height = image.size
@@ -117,4 +118,4 @@ def image_folder(path: str | Path) -> Images:
         size = size or width
         if (width, height) != (size, size):
             raise ValueError(f"images: {file} is {width}x{height}, not {size}x{size}; all must be equal squares")
-    return folder(root, size, channels)  # which says so when there was none
+    return folder(root, size, channels)
