@@ -6,6 +6,7 @@ other objects given to the same loop: a divergence with its ratio, an adversaria
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Protocol
 
 import torch
@@ -43,7 +44,7 @@ class Trainer:
 
     Cost of an update at batch B with K = fake_steps, in network passes over B samples (a guided target counts 2):
     forwards: student K (one of them with a graph), target 1, fake 1 + K; backwards: student 1, fake K. The student's
-    batch serves the first fake step; the other K - 1 are generated in one pass, since the student does not move.
+    batch serves the first fake step as well; only the other K - 1 batches are generated for it, without a graph.
     """
 
     student: OneStep
@@ -86,7 +87,7 @@ class Trainer:
         if self.average is not None:
             update_average(*self.average, step=n)
 
-        batches = [(x.detach(), cond, noise), *self._fresh_batches(n)]
+        batches = chain([(x.detach(), cond, noise)], self._fresh_batches(n))
         for k, (x0, cond_k, noise_k) in enumerate(batches):
             sigma = self.fake_level(noise_k.uniform()).to(self.device)
             eps = noise_k.normal(self.shape, device=self.device)
@@ -111,17 +112,14 @@ class Trainer:
             metrics["adversarial_loss"] = adversarial.detach()
         return loss, metrics
 
-    @torch.no_grad()
     def _fresh_batches(self, n: int) -> Iterator[tuple[Tensor, Any, SampleNoise]]:
-        """The samples of the fake steps 1 .. K - 1, from the student as it stands, in one pass."""
-        count = self.fake_steps - 1
-        if not count:
-            return
-        noises = [self.share.noise(n * self.fake_steps + k) for k in range(1, self.fake_steps)]
-        conds = [self.conditions(noise, self.device) for noise in noises]
-        z = torch.cat([noise.normal(self.shape, device=self.device) for noise in noises])
-        x = self.student(z, None if conds[0] is None else torch.cat(conds))
-        yield from zip(x.chunk(count), conds, noises, strict=True)
+        """The samples of the fake steps 1 .. K - 1, from the student as it stands."""
+        for k in range(1, self.fake_steps):
+            noise = self.share.noise(n * self.fake_steps + k)
+            cond = self.conditions(noise, self.device)
+            with torch.no_grad():
+                x0 = self.student(noise.normal(self.shape, device=self.device), cond)
+            yield x0, cond, noise
 
 
 def train(trainer: Trainer, steps: int, start: int = 0) -> Iterator[dict[str, Tensor]]:
