@@ -130,8 +130,8 @@ def _check_file(arguments: list[str]) -> None:
 
 
 def _sample_parser() -> ArgumentParser:
-    parser = _Parser(description="Write a grid of samples of a run of this library or a pipeline folder of diffusers.")
-    parser.add_argument("source", type=str, help="the folder")
+    parser = _Parser(description="Write a grid of samples of runs of this library or pipeline folders of diffusers.")
+    parser.add_argument("sources", type=str, nargs="+", metavar="[NAME=]FOLDER", help="several are drawn side by side")
     parser.add_argument("--out", type=str, default="grid.png", help="the PNG to write")
     parser.add_argument("--n", type=int, default=80, help="how many samples, ten to a row")
     parser.add_argument("--seed", type=int, default=0, help="sample k depends on the seed and k only")
@@ -174,13 +174,23 @@ def _sample(arguments: Namespace) -> None:
         raise ValueError(f"--out: {out} is not named .png")
 
     from distill.generate import load_generator
-    from distill.pictures import save_grid
+    from distill.pictures import save_grid, side_by_side
 
-    generator = load_generator(
-        arguments.source, arguments.sampler, arguments.steps, arguments.guidance, arguments.device
-    )
-    save_grid(generator(arguments.seed, range(arguments.n)), out)
-    _say(f"{out}: {arguments.n} samples, {generator.nfe} network evaluations each")
+    grids = []
+    for name, path in (_named(source) for source in arguments.sources):
+        generator = load_generator(path, arguments.sampler, arguments.steps, arguments.guidance, arguments.device)
+        grids.append((f"{name}, {generator.nfe} NFE", generator(arguments.seed, range(arguments.n))))
+    if len(grids) == 1:
+        save_grid(grids[0][1], out)
+    else:
+        side_by_side(grids, out)
+    _say(f"{out}: {arguments.n} samples each of {', '.join(title for title, _ in grids)}")
+
+
+def _named(source: str) -> tuple[str, str]:
+    """NAME=PATH, or a path that is named after its last part."""
+    name, equals, path = source.partition("=")
+    return (name, path) if equals and not Path(source).exists() else (Path(source).name, source)
 
 
 def _export(arguments: Namespace) -> None:

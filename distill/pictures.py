@@ -25,13 +25,12 @@ def save_grid(images: Tensor, path: Path, columns: int = 10, shortest: int = 32)
 def side_by_side(rows: list[tuple[str, Tensor]], path: Path, columns: int = 10) -> None:
     """Writes titled grids of images [N, C, H, W] in [-1, 1] next to each other as one PNG."""
     from matplotlib.figure import Figure
+    from torchvision.utils import make_grid
 
     figure = Figure(figsize=(4.2 * len(rows), 4.6), layout="constrained")
     for axes, (title, images) in zip(figure.subplots(1, len(rows), squeeze=False)[0], rows, strict=True):
-        n, channels, height, width = images.shape
-        cells = to_uint8(images).reshape(n // columns, columns, channels, height, width)
-        picture = cells.permute(0, 3, 1, 4, 2).reshape(n // columns * height, columns * width, channels)
-        axes.imshow(picture.expand(-1, -1, 3).numpy(), interpolation="nearest")
+        grid = make_grid(to_uint8(images), nrow=columns, padding=1, pad_value=128)
+        axes.imshow(grid.permute(1, 2, 0).numpy(), interpolation="nearest")
         axes.set_title(title)
         axes.set_axis_off()
     _write_figure(figure, path)
