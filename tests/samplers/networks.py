@@ -4,7 +4,7 @@ import torch
 from diffusers import DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel
 
 
-def unet(dtype: torch.dtype = torch.float64, classes: int | None = None, time: str = "positional") -> UNet2DModel:
+def unet(dtype: torch.dtype = torch.float64, classes: int | None = None) -> UNet2DModel:
     """Images [B, 3, 8, 8]; with `classes`, conditioned on labels 0 .. classes - 1."""
     torch.manual_seed(0)
     network = UNet2DModel(
@@ -15,7 +15,6 @@ def unet(dtype: torch.dtype = torch.float64, classes: int | None = None, time: s
         down_block_types=("DownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "UpBlock2D"),
         attention_head_dim=8,
-        time_embedding_type=time,
         num_class_embeds=classes,
     )
     return network.to(dtype).eval().requires_grad_(False)
