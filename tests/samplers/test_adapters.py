@@ -188,6 +188,7 @@ def test_euler_is_flow_match_euler(shift) -> None:
 def test_dpmpp_2m_is_dpm_solver_multistep_on_a_flow_network() -> None:
     scheduler = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
     scheduler.set_timesteps(9)
+    scheduler.sigmas[0] = 0.99  # 0.999 in float32 lies above sigma = 999
     scheduler.timesteps = scheduler.sigmas[:-1] * 1000  # it truncates them to whole numbers, and sigmas it does not
     t = scheduler.sigmas.double()
     sigmas, scale = t / (1 - t), list(1 / (1 - t))
@@ -195,7 +196,7 @@ def test_dpmpp_2m_is_dpm_solver_multistep_on_a_flow_network() -> None:
     x = sigmas[0] * noise()
     stock = stock_states(scheduler, denoiser.network, x / scale[0])
     expected = [x * s for x, s in zip(stock, scale[1:], strict=True)]
-    assert worst([s.x for s in dpmpp_2m(denoiser, x, sigmas)], expected) < 1e-4  # float32 at 1 - t = 0.001
+    assert worst([s.x for s in dpmpp_2m(denoiser, x, sigmas)], expected) < 1e-5  # float32 at 1 - t = 0.01
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
