@@ -75,7 +75,7 @@ def load_generator(
 
     sigmas = karras_sigmas(steps, teacher.sigma_min, teacher.sigma_max)
     solver = SOLVERS[sampler]
-    evaluations = nfe(solver, sigmas) * (1 if guidance in (0, 1) else 2)
+    evaluations = nfe(solver, sigmas) * (1 if guidance == 1 else 2)
     return ImageGenerator(teacher.guided, teacher.shape, teacher.n_classes, evaluations, solver, sigmas, where)
 
 
