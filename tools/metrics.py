@@ -82,8 +82,6 @@ def _even_exponent(covariance: Tensor) -> int:
 def _factor(covariance: Tensor) -> Tensor:
     """A [d, rank] with A A^T = covariance: Cholesky with complete pivoting, which finds the rank (LAPACK dpstrf)."""
     factor, pivots, rank, _ = lapack.dpstrf(covariance.numpy(), lower=1)
-    if covariance.diagonal().max() <= 0:
-        rank = 0  # all features constant; LAPACK looks no further than the first pivot
     rows: NDArray[np.float64] = np.empty((len(pivots), rank))
     rows[pivots - 1] = np.tril(factor)[:, :rank]
     return torch.from_numpy(rows)

@@ -128,6 +128,15 @@ def test_stats_of_a_folder_are_those_of_its_images(tmp_path) -> None:
     torch.testing.assert_close(written.covariance, expected.covariance, rtol=1e-5, atol=1e-6)
 
 
+def test_the_reference_digits_are_the_held_out_half(tmp_path, capsys) -> None:
+    assert main(["stats", "digits", "--features", "pixels", "--out", str(tmp_path / "s.npz")]) == 0
+    assert capsys.readouterr().out.startswith("898 images, pixels|1x8x8|u8")
+    mean = digits("held-out").images.flatten(1).double().mean(0)
+    written = FeatureStatistics.load(tmp_path / "s.npz").mean
+    torch.testing.assert_close(written, mean, rtol=0, atol=1 / 255)  # a grey level
+    assert (written - digits("train").images.flatten(1).double().mean(0)).abs().max() > 4 / 255
+
+
 def test_score_of_real_digits_and_of_a_folder(tmp_path) -> None:
     write(tmp_path / "pngs", digits("held-out").images)
     result = run("score", "floor=digits", "pngs", "--n", "299", "--out", "r.json", cwd=tmp_path)
