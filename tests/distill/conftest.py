@@ -1,0 +1,27 @@
+"""A place to work in, with a teacher to distil."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.distill.tiny import save_teacher
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The pipeline folder of a class-conditional teacher; tests must not write into it."""
+    return save_teacher(tmp_path_factory.mktemp("teacher") / "pipeline")
+
+
+@pytest.fixture
+def place(tmp_path: Path, pipeline: Path) -> Path:
+    """An empty folder with a copy of that teacher in `pipeline`."""
+    shutil.copytree(pipeline, tmp_path / "pipeline")
+    return tmp_path
