@@ -7,7 +7,7 @@ student      x = D(sigma_init z, sigma_init)              data        digits, im
 losses       pure functions of tensors and denoisers      divergences f, h(r): one table
 targets      what the student is pulled towards           trainer     the one alternating loop
 noise        samples of a process, noise levels           optim       one network's update
-checkpoint   atomic, resumable, safetensors               export      students as diffusers folders (cards in card)
+checkpoint   resumable, safetensors (atomic: whole files) export      students as diffusers folders (card: model cards)
 generate     images from a folder                         pictures    grids and curves
 """
 

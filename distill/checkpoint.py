@@ -18,18 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Writes a file under a temporary name in its folder, flushes it to the disk and moves it into place."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+from distill.atomic import atomic_write
 
 
 def save(
@@ -52,7 +41,8 @@ def save(
             _write_tensors(temporary / f"{name}.optimizer.safetensors", tensors)
         sums = {file.name: _sha256(file) for file in sorted(temporary.iterdir())}
         state = {"step": step, "sha256": sums, "param_groups": groups}
-        write_atomically(temporary / "state.json", json.dumps(state, indent=1).encode())
+        with atomic_write(temporary / "state.json") as file:
+            file.write(json.dumps(state, indent=1).encode())
         shutil.rmtree(final, ignore_errors=True)
         temporary.replace(final)
         _sync(folder)

@@ -16,7 +16,6 @@ from torch import nn
 
 from distill import checkpoint
 from distill.card import student_card
-from distill.checkpoint import write_atomically
 from distill.config import Train
 from distill.teacher import FACTS
 
@@ -46,8 +45,8 @@ def save_pipeline(folder: Path, network: nn.Module, scheduler: Any, facts: dict[
     temporary.mkdir(parents=True)
     try:
         ConsistencyModelPipeline(network, scheduler).save_pretrained(temporary, safe_serialization=True)
-        write_atomically(temporary / FACTS, json.dumps(facts, indent=1).encode())
-        write_atomically(temporary / "README.md", card.encode())
+        (temporary / FACTS).write_text(json.dumps(facts, indent=1))
+        (temporary / "README.md").write_text(card)
         shutil.rmtree(folder, ignore_errors=True)
         temporary.replace(folder)
     finally:

@@ -1,6 +1,5 @@
 """The pictures that a run leaves: grids of samples and training curves, as PNG."""
 
-import io
 import json
 import math
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from distill.checkpoint import write_atomically
+from distill.atomic import atomic_write
 
 
 def save_grid(images: Tensor, path: Path, columns: int = 10, shortest: int = 32) -> None:
@@ -60,14 +59,12 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 def _write_figure(figure: object, path: Path) -> None:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)  # type: ignore[attr-defined]
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, buffer.getvalue())
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=110)  # type: ignore[attr-defined]
 
 
 def _write_png(image: object, path: Path) -> None:
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")  # type: ignore[attr-defined]
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, buffer.getvalue())
+    with atomic_write(path) as file:
+        image.save(file, format="PNG")  # type: ignore[attr-defined]

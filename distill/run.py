@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from distill import checkpoint, pictures
-from distill.checkpoint import write_atomically
+from distill.atomic import atomic_write
 from distill.config import Logging, Section
 
 LIBRARIES = ("torch", "diffusers", "accelerate", "safetensors", "numpy")
@@ -56,9 +56,9 @@ class Run:
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(file, yaml.safe_dump(record, sort_keys=False).encode())
+            _write(file, yaml.safe_dump(record, sort_keys=False))
             versions = {name: version(name) for name in LIBRARIES} | {"python": platform.python_version()}
-            write_atomically(self.folder / "versions.json", json.dumps(versions, indent=1).encode())
+            _write(self.folder / "versions.json", json.dumps(versions, indent=1))
 
     @property
     def metrics_file(self) -> Path:
@@ -70,7 +70,7 @@ class Run:
         step = checkpoint.load(found, modules, optimizers) if found else 0
         if self.accelerator.is_main_process and self.metrics_file.is_file():
             lines = [line for line in self.metrics_file.read_text().splitlines() if _step_of(line) <= step]
-            write_atomically(self.metrics_file, "".join(f"{line}\n" for line in lines).encode())
+            _write(self.metrics_file, "".join(f"{line}\n" for line in lines))
         return step
 
     def record(self, step: int, values: dict[str, float]) -> None:
@@ -146,6 +146,11 @@ def _not_finite(what: str, step: int, folder: Path) -> FloatingPointError:
     return FloatingPointError(
         f"step {step}: {what}; stopped. The last good checkpoint is {kept.name if kept else 'none'}"
     )
+
+
+def _write(path: Path, text: str) -> None:
+    with atomic_write(path) as file:
+        file.write(text.encode())
 
 
 def _differences(before: Any, after: Any, prefix: str = "") -> list[str]:

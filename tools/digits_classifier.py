@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distill.data import digits
-from tools.atomic import atomic_write
+from distill.atomic import atomic_write
 
 WEIGHTS = Path(__file__).with_name("weights") / "digits-classifier.safetensors"
 N_CLASSES = 10

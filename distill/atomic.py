@@ -1,6 +1,6 @@
 """A file is whole under its name, or it is not there: write beside it, fsync, rename.
 
-Why: an evaluation that is killed must not leave half a result that the next one reads.
+Why: a run that is killed must not leave half a file that the next one reads.
 """
 
 import os
