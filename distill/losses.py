@@ -33,7 +33,7 @@ def distribution_matching_loss(x: Tensor, denoised_fake: Tensor, denoised_target
     sample; weight [B] is `matching_weight`. No gradient flows through anything but x. It is the gradient of
     D_f(target || student) at one noise level (Yin et al. 2024, eq. 7; Xu et al. 2025, eq. 8).
     """
-    direction = expand(weight, x) * (denoised_target - denoised_fake)
+    direction = expand(weight, x) * (denoised_fake - denoised_target)
     return 0.5 * (x - (x - direction).detach()).square().flatten(1).mean(1)
 
 
