@@ -17,6 +17,7 @@ from samplers import (
     nfe,
     sample,
 )
+from samplers.schedules import karras_sigma
 from tests.truth import Counted, gaussian_transport, order, relative_error
 
 MEAN = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
@@ -40,6 +41,12 @@ def between(n: int, high: float, low: float) -> Tensor:
     return karras_sigmas(n + 1, low, high)[:-1]
 
 
+def uneven(n: int, high: float, low: float) -> Tensor:
+    """Long and short steps in turn: a multistep method keeps its order only if it weighs them rightly."""
+    i = torch.arange(n + 1, dtype=torch.float64)
+    return karras_sigma((i + 0.3 * (i % 2)) / n, low, high)  # n is even, so the ends stay
+
+
 def down_to_zero(n: int, high: float, low: float) -> Tensor:
     """n steps to a positive level and one to 0, an Euler step whose own error is common to all n."""
     return karras_sigmas(n + 1, low, high)
@@ -52,7 +59,8 @@ def fine_solution(grid, high: float, low: float) -> Tensor:
 
 @pytest.mark.parametrize(("solver", "expected"), [(euler, 1), (heun, 2), (dpmpp_2m, 2)])
 @pytest.mark.parametrize(
-    ("grid", "high", "low"), [(between, 10.0, 0.5), (between, 80.0, 0.002), (down_to_zero, 80.0, 0.002)]
+    ("grid", "high", "low"),
+    [(between, 10.0, 0.5), (uneven, 10.0, 0.5), (between, 80.0, 0.002), (down_to_zero, 80.0, 0.002)],
 )
 def test_measured_order_of_convergence(solver, expected, grid, high, low) -> None:
     steps = [128, 256, 512] if solver is euler else [48, 96, 192]
@@ -69,6 +77,20 @@ def test_solvers_converge_to_the_exact_transport_of_a_gaussian(solver, bound, lo
     x = MEAN + start(40.0, d=3)
     exact = gaussian_transport(x, MEAN, VARIANCE, 40.0, low)
     assert relative_error(sample(solver, GAUSSIAN, x, between(1000, 40.0, low)), exact) < bound
+
+
+def test_dpmpp_2m_takes_the_prediction_in_the_middle_of_a_step_in_log_sigma() -> None:
+    """Where D is linear in log sigma, extrapolating it to the middle is exact, however uneven the steps are."""
+
+    def linear(x: Tensor, sigma: Tensor, cond: object = None) -> Tensor:
+        return 2 + 3 * sigma.log().expand_as(x)
+
+    sigmas = torch.tensor([9.0, 5.0, 4.5, 0.7, 0.5, 0.0], dtype=torch.float64)
+    x = start(9.0)
+    for state, sigma in zip(dpmpp_2m(linear, x, sigmas), sigmas, strict=False):
+        middle = (sigma * state.sigma).sqrt() if 0 < state.step < 4 else sigma  # the ends are Euler steps
+        x = torch.lerp(linear(x, middle), x, state.sigma / sigma)
+        torch.testing.assert_close(state.x, x, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("eta", [0.5, 1.0])
