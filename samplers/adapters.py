@@ -216,7 +216,8 @@ def denoiser_from(model: nn.Module, scheduler: Any) -> NetworkDenoiser:
     """A diffusers model, read through its scheduler, as a denoiser.
 
     model: predicts for x [B, C, ...] given `timestep` (UNet2DModel, DiTTransformer2DModel, UNet2DConditionModel ...).
-    scheduler: the one that the model was trained with, or any that describes the same training.
+    scheduler: the one that the model was trained with, or any that describes the same training. What it does to
+    samples only (clip_sample, thresholding, its grid of timesteps) is not applied.
     Raises ValueError, naming the scheduler, for one whose training is not known here.
     """
     return NetworkDenoiser(model, coordinates_of(scheduler))
