@@ -49,7 +49,7 @@ def orders() -> str:
         sigmas = exponential_sigmas(steps + 1, 0.1, 10.0)[:-1]
         return sample(SOLVERS[name], mixture, x, sigmas)
 
-    exact, counts = end("heun", 8192), (32, 64, 128, 256)
+    exact, counts = end("heun", 2048), (32, 64, 128, 256)
     lines = [
         "| solver | " + " | ".join(f"error, {n} steps" for n in counts) + " | order |",
         "|:--|--:|--:|--:|--:|--:|",
