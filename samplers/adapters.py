@@ -126,7 +126,8 @@ class VariancePreserving:
         log_sigmas = (((1 - a) / a).log() / 2)[a > 0]
         if len(log_sigmas) < 2 or not bool((log_sigmas.diff() > 0).all()) or not bool(log_sigmas.isfinite().all()):
             raise ValueError("scheduler: its alphas_cumprod do not fall from below 1 from one timestep to the next")
-        self._log_sigmas, self._prediction_type = log_sigmas, prediction_type
+        self._tables = {log_sigmas.device: log_sigmas}  # one for each device, so that no step copies it
+        self._prediction_type = prediction_type
         self.sigma_min, self.sigma_max = (math.exp(float(end)) for end in (log_sigmas[0], log_sigmas[-1]))
 
     def __call__(self, sigma: Tensor) -> Coefficients:
@@ -141,7 +142,7 @@ class VariancePreserving:
 
     def timestep(self, sigma: Tensor) -> Tensor:
         """The (fractional) timestep of sigma, like sigma, in [0, T - 1]."""
-        table, log_sigma = self._log_sigmas.to(sigma.device), sigma.log()
+        table, log_sigma = self._log_sigmas(sigma.device), sigma.log()
         above = torch.searchsorted(table, log_sigma).clamp(1, len(table) - 1)
         low, high = table[above - 1], table[above]
         # The clamp undoes the rounding that _in_range allows at both ends; NaN passes through.
@@ -152,7 +153,7 @@ class VariancePreserving:
 
         T - 2 is the last where the terminal SNR is zero. Raises ValueError for a timestep outside.
         """
-        last = len(self._log_sigmas) - 1
+        last = len(self._log_sigmas(timestep.device)) - 1
         if not bool(((timestep >= 0) & (timestep <= last)).all()):
             raise ValueError(f"timestep: {timestep.tolist()}; accepted are [0, {last}], where sigma is finite")
         return self._interpolate(timestep)
@@ -160,8 +161,13 @@ class VariancePreserving:
     def round_sigma(self, sigma: Tensor) -> Tensor:
         return self._interpolate(self.timestep(sigma.double()).round()).to(sigma.dtype)
 
+    def _log_sigmas(self, device: torch.device) -> Tensor:
+        if device not in self._tables:
+            self._tables[device] = self._tables[torch.device("cpu")].to(device)
+        return self._tables[device]
+
     def _interpolate(self, timestep: Tensor) -> Tensor:
-        table = self._log_sigmas.to(timestep.device)
+        table = self._log_sigmas(timestep.device)
         below = timestep.floor().long().clamp(0, len(table) - 2)
         return torch.lerp(table[below], table[below + 1], timestep.double() - below).exp()
 
@@ -169,14 +175,14 @@ class VariancePreserving:
 class FlowMatching:
     """A velocity v = eps - x0 at flow time t = sigma / (1 + sigma), fed (1 - t) x and t T (Lipman et al. 2023).
 
-    t = 1 is sigma = infinity; sigma_max is at t = 1 - 1/T, which costs at most E|x0|^2 / (2 (T - 1)^2) nats.
+    t = 1 is sigma = infinity; sigma_max is at t = 1 - 1/(10 T), which costs at most E|x0|^2 / (2 (10 T - 1)^2) nats.
     """
 
     sigma_data = 1.0
 
     def __init__(self, num_train_timesteps: int) -> None:
         self._timesteps = num_train_timesteps
-        self.sigma_min, self.sigma_max = 1e-6, float(num_train_timesteps - 1)
+        self.sigma_min, self.sigma_max = 1e-6, float(10 * num_train_timesteps - 1)
 
     def __call__(self, sigma: Tensor) -> Coefficients:
         inner = 1 / (1 + sigma)
