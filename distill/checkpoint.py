@@ -30,7 +30,8 @@ def save(
     """
     folder.mkdir(parents=True, exist_ok=True)
     final, temporary = folder / f"step-{step:08d}", folder / f".step-{step:08d}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
+    for left in folder.glob(".step-*.tmp"):  # by a run that was killed
+        shutil.rmtree(left)
     temporary.mkdir()
     try:
         groups = {}
@@ -59,19 +60,25 @@ def newest(folder: Path) -> Path | None:
 
 
 def load(checkpoint: Path, modules: dict[str, nn.Module], optimizers: dict[str, Optimizer]) -> int:
-    """Restores networks and optimizers in place, bit for bit; returns the step. Every key must fit."""
+    """Restores networks and optimizers in place, bit for bit; returns the step.
+
+    Raises ValueError, naming the file, where a key or a shape does not fit.
+    """
     state = json.loads((checkpoint / "state.json").read_text())
     for name, module in modules.items():
-        module.load_state_dict(load_file(checkpoint / f"{name}.safetensors"), strict=True)
+        tensors = _read(checkpoint / f"{name}.safetensors", module.state_dict())
+        module.load_state_dict(tensors, strict=True)
     for name, optimizer in optimizers.items():
-        tensors = load_file(checkpoint / f"{name}.optimizer.safetensors")
-        optimizer.load_state_dict(_unflatten(tensors, state["param_groups"][name]))
+        file = checkpoint / f"{name}.optimizer.safetensors"
+        if name not in state["param_groups"]:
+            raise ValueError(f"{file}: is not in this checkpoint")
+        optimizer.load_state_dict(_unflatten(_read(file), state["param_groups"][name]))
     return int(state["step"])
 
 
 def load_weights(checkpoint: Path, name: str) -> dict[str, Tensor]:
     """The weights of one network of a checkpoint."""
-    return load_file(checkpoint / f"{name}.safetensors")
+    return _read(checkpoint / f"{name}.safetensors")
 
 
 def _folders(folder: Path) -> list[Path]:
@@ -82,8 +89,25 @@ def _is_whole(checkpoint: Path) -> bool:
     try:
         sums = json.loads((checkpoint / "state.json").read_text())["sha256"]
         return all(_sha256(checkpoint / name) == value for name, value in sums.items())
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
+
+
+def _read(path: Path, like: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The tensors of a file; ValueError where it is not there, or its keys and shapes are not those of `like`."""
+    if not path.is_file():
+        raise ValueError(f"{path}: is not in this checkpoint")
+    tensors = load_file(path)
+    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    wanted = {key: tuple(tensor.shape) for key, tensor in (tensors if like is None else like).items()}
+    wrong = sorted(key for key in shapes.keys() | wanted.keys() if shapes.get(key) != wanted.get(key))
+    if wrong:
+        key = wrong[0]
+        raise ValueError(
+            f"{path}: does not fit this network: {key} is {shapes.get(key, 'missing')} in the file and "
+            f"{wanted.get(key, 'missing')} in the network; {len(wrong)} keys differ"
+        )
+    return tensors
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
