@@ -91,6 +91,8 @@ def _read(file: Path, size: int, channels: int) -> Tensor:
 
     try:
         with Image.open(file) as opened:
+            if opened.mode.startswith(("I", "F")):  # Pillow would clip these to 8 bits without a word
+                raise ValueError(f"its mode is {opened.mode}; accepted are images of 8 bits a channel")
             image = ImageOps.exif_transpose(opened).convert("L" if channels == 1 else "RGB")
     except Exception as error:
         raise ValueError(f"data.path: {file} cannot be read as an image ({error})") from error

@@ -45,10 +45,25 @@ def karras_level(u: Tensor, config: StudentNoise, sigma_min: float, sigma_max: f
 
 def log_normal_level(u: Tensor, config: LogNormal, sigma_min: float, sigma_max: float) -> Tensor:
     """Noise levels [B], log-normal and truncated to the range, from u in [0, 1) by the inverse distribution."""
-    ends = torch.tensor([sigma_min, sigma_max], dtype=torch.float64)
-    low, high = torch.special.ndtr((ends.log() - config.mean) / config.std).tolist()
+    low, high = _mass_below(config, sigma_min, sigma_max)
     z = torch.special.ndtri(low + (high - low) * u)
     return (config.mean + config.std * z).exp().clamp(sigma_min, sigma_max)  # against rounding at the ends
+
+
+def check_log_normal(field: str, config: LogNormal, sigma_min: float, sigma_max: float) -> None:
+    """Raises ValueError where less than a thousandth of the distribution lies in the range: a slip of the pen."""
+    low, high = _mass_below(config, sigma_min, sigma_max)
+    if not high - low >= 1e-3:
+        raise ValueError(
+            f"{field}.mean, {field}.std: {config.mean}, {config.std} put less than a thousandth of the noise levels "
+            f"into [{sigma_min:.6g}, {sigma_max:.6g}]; accepted are distributions of ln sigma that overlap with it"
+        )
+
+
+def _mass_below(config: LogNormal, sigma_min: float, sigma_max: float) -> tuple[float, float]:
+    ends = torch.tensor([sigma_min, sigma_max], dtype=torch.float64)
+    low, high = torch.special.ndtr((ends.log() - config.mean) / config.std).tolist()
+    return low, high
 
 
 def check_range(low: float | None, high: float | None, sigma_min: float, sigma_max: float) -> tuple[float, float]:

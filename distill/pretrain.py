@@ -5,6 +5,7 @@ coordinates are those of CMStochasticIterativeScheduler (timestep 250 ln sigma),
 stock diffusers pipeline can run a class-conditional student.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -36,7 +37,7 @@ def build_unet(config: Network, size: int, channels: int, n_classes: int | None)
         block_out_channels=config.channels,
         down_block_types=tuple("AttnDownBlock2D" if i in config.attention else "DownBlock2D" for i in levels),
         up_block_types=tuple("AttnUpBlock2D" if i in config.attention else "UpBlock2D" for i in reversed(levels)),
-        norm_num_groups=min(32, min(config.channels) // 2),
+        norm_num_groups=math.gcd(64, *config.channels) // 2,  # divides every width, and at most 32
         dropout=config.dropout,
         num_class_embeds=None if n_classes is None else n_classes + 1,
     )
