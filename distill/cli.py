@@ -92,11 +92,11 @@ def _fail(message: str, code: int = 2) -> NoReturn:
 
 
 def _parse(arguments: list[str]) -> tuple[str, Namespace]:
-    parser = _Parser(prog="distill", description=_DESCRIPTION, formatter_class=_Formatter)
+    parser = _Parser(prog="distill", description=_DESCRIPTION, formatter_class=_Formatter, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=version("distill-diffusion"))
     commands = parser.add_subcommands(dest="subcommand", metavar="COMMAND")
     for name, schema in COMMANDS.items():
-        sub = _Parser(description=schema.__doc__)
+        sub = _Parser(description=schema.__doc__, allow_abbrev=False)
         sub.add_argument("--config", action="config", help="a YAML file; options after it override its keys")
         sub.add_argument("--resume", action="store_true", help="continue the run from its last checkpoint")
         sub.add_class_arguments(schema, as_group=False)
@@ -123,14 +123,16 @@ def _check_file(arguments: list[str]) -> None:
             raise ValueError(f"--config: {file}: is not YAML ({' '.join(str(error).split())})") from error
         if not isinstance(content, dict):
             raise ValueError(f"--config: {file}: holds no keys")
-        if content.get("command") in COMMANDS and content["command"] != arguments[0]:
-            raise ValueError(
-                f"--config: {file}: is for `distill {content['command']}`, not for `distill {arguments[0]}`"
-            )
+        named = content.get("command")
+        if isinstance(named, str) and named in COMMANDS and named != arguments[0]:
+            raise ValueError(f"--config: {file}: is for `distill {named}`, not for `distill {arguments[0]}`")
 
 
 def _sample_parser() -> ArgumentParser:
-    parser = _Parser(description="Write a grid of samples of runs of this library or pipeline folders of diffusers.")
+    parser = _Parser(
+        description="Write a grid of samples of runs of this library or pipeline folders of diffusers.",
+        allow_abbrev=False,
+    )
     parser.add_argument("sources", type=str, nargs="+", metavar="[NAME=]FOLDER", help="several are drawn side by side")
     parser.add_argument("--out", type=str, default="grid.png", help="the PNG to write")
     parser.add_argument("--n", type=int, default=80, help="how many samples, ten to a row")
@@ -143,7 +145,9 @@ def _sample_parser() -> ArgumentParser:
 
 
 def _export_parser() -> ArgumentParser:
-    parser = _Parser(description="Write the student of a run as a diffusers pipeline folder with a model card.")
+    parser = _Parser(
+        description="Write the student of a run as a diffusers pipeline folder with a model card.", allow_abbrev=False
+    )
     parser.add_argument("run", type=str, help="the run folder of `distill train`")
     parser.add_argument("folder", type=str, help="the folder to write")
     return parser

@@ -1,7 +1,6 @@
 """From a configuration to the objects that it names: the commands `teach` and `train` as functions."""
 
 import copy
-import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -12,10 +11,11 @@ from torch import Tensor, nn
 
 from distill import config as schemas
 from distill import data
+from distill.atomic import atomic_write
 from distill.card import teacher_card
 from distill.divergences import DIVERGENCES
 from distill.export import save_pipeline, teacher_scheduler
-from distill.noise import Share, check_range, karras_level, log_normal_level
+from distill.noise import Share, check_log_normal, check_range, karras_level, log_normal_level
 from distill.optim import Update, adamw, learning_rate
 from distill.pretrain import Pretrainer, build_unet
 from distill.run import Run, drive
@@ -37,6 +37,7 @@ def teach(config: schemas.Teach, resume: bool, progress: Progress) -> Path:
     device = accelerator.device
     share = Share(config.seed, config.batch_size, accelerator.process_index, accelerator.num_processes)
     n_classes = len(images.classes) or None
+    check_log_normal("noise", config.noise, config.sigma_min, config.sigma_max)
     scheduler = teacher_scheduler(config.sigma_data, config.sigma_min, config.sigma_max)
     torch.manual_seed(config.seed)
     network = denoiser_from(
@@ -89,6 +90,7 @@ def train(config: schemas.Train, resume: bool, progress: Progress) -> Path:
     share = Share(config.seed, config.batch_size, accelerator.process_index, accelerator.num_processes)
     noise = config.noise
     low, high = check_range(noise.sigma_min, noise.sigma_max, teacher.sigma_min, teacher.sigma_max)
+    check_log_normal("fake.noise", config.fake.noise, low, high)
     OneStep(teacher.denoiser, config.student.sigma_init)  # refuses a start outside the range before anything is written
     teacher.denoiser.to(device)
     student_network, fake_network = teacher.clone().eval(), teacher.clone().eval()
@@ -174,4 +176,5 @@ def _keep_network(teacher_folder: Path, folder: Path) -> None:
     for name in ("model_index.json", "unet/config.json", "scheduler/scheduler_config.json", FACTS):
         if (teacher_folder / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(teacher_folder / name, folder / name)
+            with atomic_write(folder / name) as file:  # a resumed run has a good copy already
+                file.write((teacher_folder / name).read_bytes())

@@ -11,15 +11,17 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import yaml
+from safetensors import SafetensorError
 from torch import nn
 
 from distill import checkpoint
 from distill.card import student_card
 from distill.config import Train
-from distill.teacher import FACTS
+from distill.run import read_record
+from distill.teacher import FACTS, read_facts
 
 EXPORTABLE = "CMStochasticIterativeScheduler"
+_WRITTEN = ("README.md", FACTS, "model_index.json", "scheduler", "unet")
 
 
 def teacher_scheduler(sigma_data: float, sigma_min: float, sigma_max: float) -> Any:
@@ -34,12 +36,12 @@ def teacher_scheduler(sigma_data: float, sigma_min: float, sigma_max: float) -> 
 def save_pipeline(folder: Path, network: nn.Module, scheduler: Any, facts: dict[str, Any], card: str) -> None:
     """Writes a ConsistencyModelPipeline folder with safetensors and a model card, moved into place when complete.
 
-    Raises OSError if it cannot be written, ValueError where `folder` holds something that is no pipeline.
+    Raises OSError if it cannot be written, ValueError where `folder` holds anything but an earlier pipeline of this
+    function and the same kind: that is replaced.
     """
     from diffusers import ConsistencyModelPipeline
 
-    if folder.exists() and not (folder / "model_index.json").is_file() and any(folder.iterdir()):
-        raise ValueError(f"{folder}: holds files that are no pipeline; choose another folder")
+    check_replaceable(folder, facts["kind"])
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -49,8 +51,24 @@ def save_pipeline(folder: Path, network: nn.Module, scheduler: Any, facts: dict[
         (temporary / "README.md").write_text(card)
         shutil.rmtree(folder, ignore_errors=True)
         temporary.replace(folder)
+    except SafetensorError as error:
+        raise OSError(f"{folder}: cannot be written ({error})") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_replaceable(folder: Path, kind: str) -> None:
+    """Raises ValueError where `folder` holds anything but a pipeline of that kind that this library wrote."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: is a file; choose another folder")
+    held = sorted(entry.name for entry in folder.iterdir())
+    foreign = [name for name in held if name not in _WRITTEN]
+    if foreign:
+        raise ValueError(f"{folder}: holds {foreign[0]}, which would be lost; choose another folder")
+    if held and read_facts(folder).get("kind") != kind:
+        raise ValueError(f"{folder}: holds a pipeline that is no {kind} of this library; choose another folder")
 
 
 def load_student_network(run: Path) -> tuple[Any, Any, dict[str, Any], Train]:
@@ -61,8 +79,7 @@ def load_student_network(run: Path) -> tuple[Any, Any, dict[str, Any], Train]:
     """
     import diffusers
 
-    file = run / "config.yaml"
-    record = yaml.safe_load(file.read_text()) if file.is_file() else {}
+    record = read_record(run)
     if record.get("command") != "train":
         raise ValueError(f"{run}: is no run folder of `distill train`")
     config = Train.model_validate(record)
@@ -74,8 +91,7 @@ def load_student_network(run: Path) -> tuple[Any, Any, dict[str, Any], Train]:
     index = json.loads((run / "network/model_index.json").read_text())
     scheduler_config = json.loads((run / "network/scheduler/scheduler_config.json").read_text())
     scheduler = getattr(diffusers, index["scheduler"][1]).from_config(scheduler_config)
-    facts_file = run / "network" / FACTS
-    facts = json.loads(facts_file.read_text()) if facts_file.is_file() else {}
+    facts = read_facts(run / "network")
 
     weights = {k.removeprefix("network."): v for k, v in checkpoint.load_weights(found, "average").items()}
     if facts.get("null_label") is not None:
@@ -94,6 +110,7 @@ def export_student(run: Path, folder: Path) -> None:
     """
     from diffusers import CMStochasticIterativeScheduler
 
+    check_replaceable(folder, "student")
     network, scheduler, facts, config = load_student_network(run)
     if type(scheduler).__name__ != EXPORTABLE:
         raise ValueError(

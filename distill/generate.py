@@ -1,17 +1,16 @@
 """Images from a folder: a teacher through a solver, a student in one step; sample k depends on (seed, k) only."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
 from distill.export import load_student_network
+from distill.run import read_record
 from distill.student import OneStep
-from distill.teacher import Teacher, pipeline_folder
+from distill.teacher import Teacher, pipeline_folder, sample_shape
 from samplers import SOLVERS, Denoiser, SampleNoise, denoiser_from, karras_sigmas, nfe, sample
 from samplers.solvers import Solver
 
@@ -53,26 +52,29 @@ def load_generator(
     """Reads a run folder of this library or a pipeline folder, and says how to sample it.
 
     A student (a run of `distill train`, an exported one, or a stock consistency model) runs in one step; `sampler`,
-    `steps` and `guidance` are for diffusion models. Raises ValueError for a folder that is none of these, an unknown
-    sampler, or guidance of a model that has no null label.
+    `steps` and `guidance` are for diffusion models only. Raises ValueError for a folder that is none of these, an
+    unknown sampler or device, or guidance of a diffusion model that has no null label.
     """
     if sampler not in SOLVERS:
         raise ValueError(f"sampler: {sampler!r}; accepted are {', '.join(SOLVERS)}")
-    where = torch.device(device)
+    if not 0 <= guidance < float("inf"):
+        raise ValueError(f"guidance: {guidance}; accepted are finite scales from 0")
+    where = _device(device)
     if _is_student_run(Path(path)):
         network, scheduler, facts, config = load_student_network(Path(path))
         denoiser = denoiser_from(network, scheduler).to(where)
-        shape = (network.config.in_channels, network.config.sample_size, network.config.sample_size)
+        shape = sample_shape(network)
         start = config.student.sigma_init
         n_classes = len(facts["classes"]) or network.config.num_class_embeds
         return _one_step(denoiser, shape, n_classes, start, where)
 
-    teacher = Teacher.load(pipeline_folder(path), guidance)
+    teacher = Teacher.load(pipeline_folder(path))
     denoiser = teacher.denoiser.to(where)
     consistency = type(teacher.scheduler).__name__ == "CMStochasticIterativeScheduler"
     if teacher.facts.get("kind", "student" if consistency else "teacher") == "student":
         return _one_step(denoiser, teacher.shape, teacher.n_classes, teacher.sigma_max, where)
 
+    teacher = replace(teacher, guidance=guidance)
     sigmas = karras_sigmas(steps, teacher.sigma_min, teacher.sigma_max)
     solver = SOLVERS[sampler]
     evaluations = nfe(solver, sigmas) * (1 if guidance == 1 else 2)
@@ -87,8 +89,12 @@ def _one_step(
 
 
 def _is_student_run(path: Path) -> bool:
-    file = path / "config.yaml"
-    if not file.is_file():
-        return False
-    record: Any = yaml.safe_load(file.read_text())
-    return isinstance(record, dict) and record.get("command") == "train"
+    return bool(read_record(path).get("command") == "train")
+
+
+def _device(name: str) -> torch.device:
+    """A device that exists; ValueError for any other name."""
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device: {name!r} cannot be used here ({str(error).splitlines()[0]})") from error

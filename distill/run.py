@@ -8,6 +8,7 @@ checkpoints/    step-00000100/ ...     samples/  step-00000100.png ...     curve
 
 import json
 import platform
+import shutil
 import time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -25,6 +26,20 @@ from distill.atomic import atomic_write
 from distill.config import Logging, Section
 
 LIBRARIES = ("torch", "diffusers", "accelerate", "safetensors", "numpy")
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """The config.yaml of a run folder; empty if there is none. Raises ValueError for one that is no configuration."""
+    file = folder / "config.yaml"
+    if not file.is_file():
+        return {}
+    try:
+        record = yaml.safe_load(file.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file}: is not YAML ({error})") from error
+    if not isinstance(record, dict) or "command" not in record:
+        raise ValueError(f"{file}: is not the configuration of a run")
+    return record
 
 
 class Stepper(Protocol):
@@ -46,19 +61,27 @@ class Run:
         self._started = time.monotonic()
         record = config.model_dump(mode="json")
         file = self.folder / "config.yaml"
-        if file.is_file():
-            if not resume:
-                raise ValueError(f"run: {self.folder} holds a run already; continue it with --resume or choose another")
-            before = yaml.safe_load(file.read_text())
+        before = read_record(self.folder)
+        if not resume and (before or self._checkpoints.exists()):
+            raise ValueError(f"run: {self.folder} holds a run already; continue it with --resume or choose another")
+        if not before and self._checkpoints.exists():
+            raise ValueError(f"--resume: {self.folder} has checkpoints but no config.yaml that says of what")
+        if before:
             changed = sorted(_differences(before, record))
             if changed:
                 raise ValueError(f"--resume: the configuration of {self.folder} has changed in {', '.join(changed)}")
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
+            for left in self.folder.glob(".*.tmp"):  # by a run that was killed
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
             _write(file, yaml.safe_dump(record, sort_keys=False))
             versions = {name: version(name) for name in LIBRARIES} | {"python": platform.python_version()}
             _write(self.folder / "versions.json", json.dumps(versions, indent=1))
+
+    @property
+    def _checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
 
     @property
     def metrics_file(self) -> Path:
@@ -66,11 +89,13 @@ class Run:
 
     def restore(self, modules: dict[str, nn.Module], optimizers: dict[str, Optimizer]) -> int:
         """Loads the newest whole checkpoint, if there is one, and returns the number of steps done."""
-        found = checkpoint.newest(self.folder / "checkpoints")
+        found = checkpoint.newest(self._checkpoints)
         step = checkpoint.load(found, modules, optimizers) if found else 0
         if self.accelerator.is_main_process and self.metrics_file.is_file():
             lines = [line for line in self.metrics_file.read_text().splitlines() if _step_of(line) <= step]
             _write(self.metrics_file, "".join(f"{line}\n" for line in lines))
+            if lines:
+                self._started -= json.loads(lines[-1]).get("seconds", 0)  # the time goes on where the lines end
         return step
 
     def record(self, step: int, values: dict[str, float]) -> None:
@@ -112,14 +137,16 @@ def drive(
             if accelerator.is_main_process:
                 run.record(done, values)
                 progress(done, values)
-        if last or done % logging.checkpoint_every == 0:
+        saves = last or done % logging.checkpoint_every == 0
+        if saves:
             _check_weights(modules, done, run.folder)
-            if accelerator.is_main_process:
-                checkpoint.save(run.folder / "checkpoints", done, modules, optimizers)
-            accelerator.wait_for_everyone()
         if (last or done % logging.sample_every == 0) and accelerator.is_main_process:
             pictures.save_grid(preview(), run.folder / "samples" / f"step-{done:08d}.png")
             pictures.save_curves(run.metrics_file, run.folder / "curves.png")
+        if saves:  # after the pictures: what comes before the newest checkpoint is there when a run is resumed
+            if accelerator.is_main_process:
+                checkpoint.save(run.folder / "checkpoints", done, modules, optimizers)
+            accelerator.wait_for_everyone()
 
 
 def _means(waiting: list[dict[str, Tensor]], done: int, accelerator: Accelerator, folder: Path) -> dict[str, float]:

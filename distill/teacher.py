@@ -31,6 +31,13 @@ class Teacher:
     guidance: float = 1.0
     facts: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if self.guidance != 1 and self.null_label is None:
+            raise ValueError(
+                f"guidance: {self.guidance} needs a null label, and the model names none "
+                f'(a file {FACTS} with "classes" and "null_label" beside model_index.json would)'
+            )
+
     @classmethod
     def load(cls, path: str | Path, guidance: float = 1.0) -> Self:
         """Reads a pipeline folder of diffusers, or a run folder of `distill teach`, from local safetensors only.
@@ -42,19 +49,16 @@ class Teacher:
         network, scheduler = read_pipeline(folder)
         denoiser = denoiser_from(network, scheduler).requires_grad_(False).eval()
 
-        facts_file = folder / FACTS
-        facts = json.loads(facts_file.read_text()) if facts_file.is_file() else {}
+        facts = read_facts(folder)
         n_classes = len(facts["classes"]) if facts.get("classes") else network.config.num_class_embeds
-        size = network.config.sample_size
-        height, width = size if isinstance(size, list | tuple) else (size, size)
         null_label = facts.get("null_label")
-        if guidance != 1 and null_label is None:
+        labels = [label for label in (n_classes and n_classes - 1, null_label) if label is not None]
+        if labels and max(labels) >= (network.config.num_class_embeds or 0):
             raise ValueError(
-                f"guidance: {guidance} needs a null label, and {path} names none "
-                f'(a file {FACTS} with "classes" and "null_label" beside model_index.json would)'
+                f"{folder / FACTS}: speaks of label {max(labels)}, but the network has "
+                f"{network.config.num_class_embeds or 'no'} labels"
             )
-        shape = (network.config.in_channels, height, width)
-        return cls(denoiser, scheduler, shape, n_classes, null_label, guidance, facts)
+        return cls(denoiser, scheduler, sample_shape(network), n_classes, null_label, guidance, facts)
 
     def __call__(self, x: Tensor, sigma: Tensor, cond: Any = None) -> Tensor:
         return self.guided(x, sigma, cond)
@@ -83,6 +87,13 @@ class Teacher:
         return None if self.n_classes is None else noise.integers(self.n_classes, device)
 
 
+def sample_shape(network: Any) -> tuple[int, int, int]:
+    """The shape [C, H, W] of a UNet2DModel's samples."""
+    size = network.config.sample_size
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    return network.config.in_channels, height, width
+
+
 def pipeline_folder(path: str | Path) -> Path:
     """The folder with a model_index.json: `path`, or `path`/model where `path` is a run of `distill teach`."""
     for folder in (Path(path), Path(path) / "model"):
@@ -94,6 +105,20 @@ def pipeline_folder(path: str | Path) -> Path:
         " (this run has not finished: continue it with --resume)" if (Path(path) / "config.yaml").is_file() else ""
     )
     raise ValueError(f"{path}: is no pipeline folder of diffusers, there is no model_index.json in it{unfinished}")
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    """What the `distill.json` of a pipeline folder says; empty if there is none."""
+    file = folder / FACTS
+    if not file.is_file():
+        return {}
+    try:
+        facts = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file}: is not JSON ({error})") from error
+    if not isinstance(facts, dict):
+        raise ValueError(f"{file}: holds no keys")
+    return facts
 
 
 def read_pipeline(folder: Path) -> tuple[Any, Any]:
@@ -113,11 +138,16 @@ def read_pipeline(folder: Path) -> tuple[Any, Any]:
     if not hasattr(diffusers, scheduler_class):
         raise ValueError(f"{folder}: its scheduler {scheduler_class} is not one of diffusers")
 
-    scheduler = getattr(diffusers, scheduler_class).from_pretrained(folder / "scheduler", local_files_only=True)
+    part = folder / "scheduler"
     try:
-        network = getattr(diffusers, network_class).from_pretrained(
-            folder / "unet", use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False
+        scheduler = getattr(diffusers, scheduler_class).from_pretrained(part, local_files_only=True)
+        part = folder / "unet"
+        network, loaded = getattr(diffusers, network_class).from_pretrained(
+            part, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False, output_loading_info=True
         )
     except Exception as error:  # diffusers raises a different type for each thing that can be wrong with a folder
-        raise ValueError(f"{folder / 'unet'}: cannot be read ({str(error).splitlines()[0]})") from error
+        raise ValueError(f"{part}: cannot be read ({str(error).splitlines()[0]})") from error
+    wrong = [*loaded["missing_keys"], *loaded["unexpected_keys"], *loaded["mismatched_keys"]]
+    if wrong:  # diffusers would go on with random weights
+        raise ValueError(f"{part}: its weights are not those of its config.json: {wrong[0]} and {len(wrong) - 1} more")
     return network, scheduler
