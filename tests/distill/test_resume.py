@@ -1,0 +1,156 @@
+"""A run that is killed, at any moment and again, ends bit for bit where an uninterrupted one does."""
+
+import json
+import random
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from distill import checkpoint
+from tests.distill.command import Running, distill
+from tests.distill.tiny import TEACH, TRAIN, write_config
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl without the time, which is not repeated."""
+    return [
+        {k: v for k, v in json.loads(line).items() if k != "seconds"}
+        for line in (run / "metrics.jsonl").read_text().splitlines()
+    ]
+
+
+def assert_same(run: Path, other: Path) -> None:
+    """Weights, optimizers and metrics, bit for bit."""
+    files = [sorted(p.name for p in (r / "checkpoints").iterdir()) for r in (run, other)]
+    assert files[0] == files[1]
+    for a in sorted((run / "checkpoints" / files[0][-1]).glob("*.safetensors")):
+        b = other / "checkpoints" / files[0][-1] / a.name
+        assert a.read_bytes() == b.read_bytes(), a.name
+    assert lines(run) == lines(other)
+    assert not [p for p in run.rglob("*") if p.name.endswith(".tmp")]
+
+
+def kill_somewhere(command: tuple[object, ...], run: Path, place: Path, rng: random.Random, until: int) -> int:
+    """Starts the command and kills it after a random wait past a random step; returns the newest whole checkpoint."""
+    found = checkpoint.newest(run / "checkpoints")
+    begun = int(found.name[5:]) if found else 0
+    running = Running(command, place)
+    step = rng.randint(begun, until)
+    metrics = run / "metrics.jsonl"
+    while running.process.is_alive() and not (metrics.exists() and metrics.read_text().count("\n") >= step):
+        time.sleep(0.001)
+    time.sleep(rng.random() * 0.03)
+    running.kill()
+    assert running.wait().code in (-9, 0)
+    found = checkpoint.newest(run / "checkpoints")
+    return int(found.name[5:]) if found else 0
+
+
+@pytest.mark.parametrize("kind", ["train", "teach"])
+def test_killed_at_random_moments_it_ends_as_if_nothing_had_happened(place: Path, kind: str) -> None:
+    """checkpoint_every 1: a checkpoint is being written most of the time. `teach` has dropout."""
+    base, steps = {"train": (TRAIN, 25), "teach": (TEACH, 25)}[kind]
+    changes: dict[str, Any] = {
+        "steps": steps,
+        "logging": {"log_every": 1, "sample_every": 10, "checkpoint_every": 1},
+    }
+    if kind == "train":
+        changes["fake"] = {"steps": 2}
+    else:
+        changes["network"] = {"channels": [8], "dropout": 0.3}
+    config = write_config(place, base, **changes)
+    whole = distill(kind, "--config", config, "--run", "whole", cwd=place)
+    assert whole.code == 0, whole.err
+
+    rng, reached = random.Random(5), []
+    command = (kind, "--config", config, "--run", "killed", "--resume")
+    for until in (0, 6, 12, 18, 24):
+        reached.append(kill_somewhere(command, place / "killed", place, rng, until))
+    assert reached == sorted(reached)
+    assert 0 < reached[-1] < steps
+    last = distill(*command, cwd=place)
+    assert last.code == 0, last.err
+
+    assert_same(place / "killed", place / "whole")
+    assert [line["step"] for line in lines(place / "killed")] == list(range(1, steps + 1))
+    pictures = [sorted(p.name for p in (place / r / "samples").iterdir()) for r in ("killed", "whole")]
+    assert pictures[0] == pictures[1] == [f"step-{s:08d}.png" for s in (10, 20, 25)]
+    assert (place / "killed" / "curves.png").read_bytes()
+    if kind == "teach":
+        a, b = (
+            load_file(place / r / "model/unet/diffusion_pytorch_model.safetensors").values()
+            for r in ("killed", "whole")
+        )
+        assert all(bool((x == y).all()) for x, y in zip(a, b, strict=True))
+
+
+def test_dropout_is_a_function_of_the_step(place: Path) -> None:
+    """Resumed in the middle it goes on as without a stop; with another seed it does not."""
+    network = {"channels": [8], "dropout": 0.3}
+    config = write_config(place, TEACH, network=network, steps=4)
+    for run, extra in (("whole", ()), ("other", ("--seed", 1))):
+        assert distill("teach", "--config", config, "--run", run, *extra, cwd=place).code == 0
+    shutil.copytree(place / "whole", place / "cut")
+    shutil.rmtree(place / "cut/checkpoints/step-00000004")
+    assert distill("teach", "--config", config, "--run", "cut", "--resume", cwd=place).code == 0
+    assert_same(place / "cut", place / "whole")
+    assert lines(place / "other") != lines(place / "whole")
+
+
+def test_a_truncated_checkpoint_is_passed_over_and_the_metrics_are_cut_to_it(place: Path) -> None:
+    config = write_config(place, TRAIN)
+    assert distill("train", "--config", config, "--run", "whole", cwd=place).code == 0
+    shutil.copytree(place / "whole", place / "harmed")
+    victim = place / "harmed/checkpoints/step-00000006/student.safetensors"
+    victim.write_bytes(victim.read_bytes()[:-100])
+    left = place / "harmed/checkpoints/.step-00000006.tmp"
+    left.mkdir()
+    (left / "student.safetensors").write_bytes(b"half")
+    (place / "harmed/.config.yaml.0badcafe.tmp").write_bytes(b"half")
+    with (place / "harmed/metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "secon')  # a line that a kill cut short
+
+    resumed = distill("train", "--config", config, "--run", "harmed", "--resume", cwd=place)
+    assert resumed.code == 0, resumed.err
+    assert resumed.out.startswith("step 5/6")
+    assert_same(place / "harmed", place / "whole")
+    seconds = [json.loads(line)["seconds"] for line in (place / "harmed/metrics.jsonl").read_text().splitlines()]
+    assert seconds == sorted(seconds)  # the clock goes on, it does not start again
+
+
+def test_a_finished_run_can_be_resumed_and_longer_ones_refused(place: Path) -> None:
+    config = write_config(place, TRAIN, steps=2)
+    assert distill("train", "--config", config, cwd=place).code == 0
+    shutil.copytree(place / "student", place / "before")
+    again = distill("train", "--config", place / "student/config.yaml", "--resume", cwd=place)
+    assert again.code == 0
+    assert "step 1" not in again.out
+    assert_same(place / "student", place / "before")
+
+    changed = distill(
+        "train", "--config", config, "--resume", "--steps", 4, "--student.optimizer.lr", 1, "--logging.log_every", 2,
+        cwd=place,
+    )  # fmt: skip
+    assert changed.code == 2
+    assert changed.err == (
+        "distill: error: --resume: the configuration of student has changed in steps, student.optimizer.lr\n"
+    )
+    assert_same(place / "student", place / "before")
+
+
+def test_what_is_logged_does_not_change_what_is_learned(place: Path) -> None:
+    config = write_config(place, TRAIN)
+    runs = {"often": (1, 1, 1), "seldom": (4, 5, 6)}
+    for run, (log, sample, save) in runs.items():
+        logging = f'{{"log_every": {log}, "sample_every": {sample}, "checkpoint_every": {save}}}'
+        assert distill("train", "--config", config, "--run", run, "--logging", logging, cwd=place).code == 0
+    files = [place / run / "checkpoints/step-00000006/student.safetensors" for run in runs]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    often, seldom = (lines(place / run) for run in runs)
+    assert [line["step"] for line in seldom] == [4, 6]
+    for line, part in zip(seldom, (often[:4], often[4:]), strict=True):
+        assert line["fake_loss"] == pytest.approx(sum(p["fake_loss"] for p in part) / len(part), rel=1e-5)
