@@ -2,6 +2,9 @@
 
 import copy
 import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -121,6 +124,20 @@ def read_facts(folder: Path) -> dict[str, Any]:
     return facts
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """What diffusers would log about a folder is told in our one line instead."""
+    from diffusers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        logging.set_verbosity(before)
+
+
 def read_pipeline(folder: Path) -> tuple[Any, Any]:
     """The network and the scheduler of a pipeline folder. Reads safetensors and JSON only."""
     import diffusers
@@ -140,11 +157,12 @@ def read_pipeline(folder: Path) -> tuple[Any, Any]:
 
     part = folder / "scheduler"
     try:
-        scheduler = getattr(diffusers, scheduler_class).from_pretrained(part, local_files_only=True)
-        part = folder / "unet"
-        network, loaded = getattr(diffusers, network_class).from_pretrained(
-            part, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False, output_loading_info=True
-        )
+        with _quiet():
+            scheduler = getattr(diffusers, scheduler_class).from_pretrained(part, local_files_only=True)
+            part = folder / "unet"
+            network, loaded = getattr(diffusers, network_class).from_pretrained(
+                part, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False, output_loading_info=True
+            )
     except Exception as error:  # diffusers raises a different type for each thing that can be wrong with a folder
         raise ValueError(f"{part}: cannot be read ({str(error).splitlines()[0]})") from error
     wrong = [*loaded["missing_keys"], *loaded["unexpected_keys"], *loaded["mismatched_keys"]]
