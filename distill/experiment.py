@@ -16,7 +16,7 @@ from distill.card import teacher_card
 from distill.divergences import DIVERGENCES
 from distill.export import save_pipeline, teacher_scheduler
 from distill.noise import Share, check_log_normal, check_range, karras_level, log_normal_level
-from distill.optim import Update, adamw, learning_rate
+from distill.optim import Update, adamw, learning_rate, student_rate
 from distill.pretrain import Pretrainer, build_unet
 from distill.run import Run, drive
 from distill.student import OneStep
@@ -100,7 +100,9 @@ def train(config: schemas.Train, resume: bool, progress: Progress) -> Path:
         _keep_network(pipeline_folder(config.teacher.path), run.folder / NETWORK)
 
     optimizer = config.student.optimizer
-    student_denoiser, student_update = _prepare(accelerator, student_network, optimizer, config.steps)
+    student_denoiser, student_update = _prepare(
+        accelerator, student_network, optimizer, config.steps, schedule=student_rate
+    )
     fake_steps = config.steps * config.fake.steps
     fake_denoiser, fake_update = _prepare(accelerator, fake_network, config.fake.optimizer, fake_steps)
     trainer = Trainer(
@@ -156,13 +158,17 @@ def _preview_start(shape: tuple[int, ...], n_classes: int | None, device: torch.
 
 
 def _prepare(
-    accelerator: Accelerator, network: nn.Module, optimizer: schemas.Optimizer, steps: int
+    accelerator: Accelerator,
+    network: nn.Module,
+    optimizer: schemas.Optimizer,
+    steps: int,
+    schedule: Callable[..., float] = learning_rate,
 ) -> tuple[nn.Module, Update]:
     """A network ready for any number of processes, and its update."""
     network.to(accelerator.device)
     prepared, prepared_optimizer = accelerator.prepare(network, adamw(network, optimizer))
-    schedule = partial(learning_rate, optimizer, steps=steps)
-    return prepared, Update(prepared_optimizer, schedule, optimizer.clip, accelerator.backward)
+    rate = partial(schedule, optimizer, steps=steps)
+    return prepared, Update(prepared_optimizer, rate, optimizer.clip, accelerator.backward)
 
 
 def _images(config: schemas.Data) -> data.Images:

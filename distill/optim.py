@@ -29,6 +29,15 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
     return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def student_rate(config: OptimizerConfig, step: int, steps: int) -> float:
+    """The learning rate of a student: as `learning_rate`, but 0 at step 0.
+
+    Why: there the fake score still is the teacher, so that the gradient is nothing but rounding errors, and Adam, which
+    divides by their size, would make a full step in a random direction of them.
+    """
+    return learning_rate(config, step, steps) if step else 0.0
+
+
 class Update:
     """One optimizer step on a loss []: the only place that turns a loss into new weights.
 

@@ -16,9 +16,12 @@ def launch(place: Path, *arguments: object) -> str:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    launcher = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", 2, "--num_machines", 1)
+    # With --cpu the launcher starts one process whatever --num_processes says (accelerate 1.15), unless through MPI;
+    # with --multi_gpu it starts two, and the environment keeps them on the CPU.
+    launcher = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2, "--num_machines", 1)
     more = ("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", port, "-m", "distill.cli")
-    result = fresh(*launcher, *more, *arguments, cwd=place, timeout=400, PYTHONPATH=str(Path(__file__).parents[2]))
+    environment = {"PYTHONPATH": str(Path(__file__).parents[2]), "ACCELERATE_USE_CPU": "true"}
+    result = fresh(*launcher, *more, *arguments, cwd=place, timeout=400, **environment)
     return f"{result.returncode}\n{result.stdout}\n{result.stderr}"
 
 
