@@ -209,8 +209,6 @@ def test_guidance_needs_a_null_label(place: Path) -> None:
     (place / "pipeline/distill.json").unlink()
     config = write_config(place, TRAIN, teacher={"path": "pipeline", "guidance": 2.0})
     assert_refused(distill("train", "--config", config, cwd=place), "guidance: 2.0 needs a null label")
-    refused = distill("sample", "pipeline", "--n", 2, "--guidance", 2, cwd=place)
-    assert refused.code == 0 or "null label" in refused.err
     assert not (place / "student").exists()
 
 

@@ -15,7 +15,7 @@ import distill
 from distill.config import LogNormal, Optimizer, StudentNoise
 from distill.data import Images
 from distill.noise import Share, check_log_normal, check_range, karras_level, log_normal_level
-from distill.optim import Update, adamw, learning_rate
+from distill.optim import Update, adamw, learning_rate, student_rate
 from distill.pictures import save_curves, save_grid, side_by_side, to_uint8
 from distill.pretrain import Pretrainer
 from distill.student import OneStep, update_average
@@ -78,6 +78,7 @@ def test_the_learning_rate_warms_up_and_falls() -> None:
     assert rates[23] == pytest.approx(1 + math.cos(math.pi * 19 / 20))
     constant = Optimizer(lr=2.0, warmup=2, schedule="constant")
     assert [learning_rate(constant, step, 5) for step in range(5)] == [1.0, 2.0, 2.0, 2.0, 2.0]
+    assert [student_rate(constant, step, 5) for step in range(5)] == [0.0, 2.0, 2.0, 2.0, 2.0]
 
 
 def test_an_update_is_adamw_with_the_schedule_and_the_clip() -> None:
