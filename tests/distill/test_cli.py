@@ -254,6 +254,19 @@ def test_a_full_disk_harms_nothing_that_was_saved(place: Path, kind: str, limit:
     assert distill(kind, "--config", config, "--resume", cwd=place).code == 0
 
 
+def test_a_full_disk_keeps_the_network_that_an_export_needs(place: Path) -> None:
+    """The record of the run still fits on the disk, the copy of the teacher's configuration does not."""
+    config = write_config(place, TRAIN, steps=1)
+    assert distill("train", "--config", config, cwd=place).code == 0
+    file = place / "student/network/unet/config.json"
+    before, record = file.read_bytes(), (place / "student/config.yaml").stat().st_size
+    (place / "pipeline/unet/config.json").write_bytes(before + b" " * 4000)
+    result = distill("train", "--config", config, "--resume", cwd=place, file_limit=record + 2000)
+    assert_refused(result)
+    assert file.read_bytes() == before
+    assert distill("export", "student", "exported", cwd=place).code == 0
+
+
 def test_a_full_disk_leaves_no_half_exports_or_pictures(place: Path) -> None:
     assert distill("train", "--config", write_config(place, TRAIN, steps=1), cwd=place).code == 0
     before = entries(place)

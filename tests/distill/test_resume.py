@@ -105,6 +105,12 @@ def test_a_truncated_checkpoint_is_passed_over_and_the_metrics_are_cut_to_it(pla
     config = write_config(place, TRAIN)
     assert distill("train", "--config", config, "--run", "whole", cwd=place).code == 0
     shutil.copytree(place / "whole", place / "harmed")
+    teacher = load_file(place / "pipeline/unet/diffusion_pytorch_model.safetensors")["conv_in.weight"]
+    student, average = (
+        load_file(place / f"whole/checkpoints/step-00000006/{n}.safetensors")["network.conv_in.weight"]
+        for n in ("student", "average")
+    )
+    assert 0 < (average - teacher).norm() < (student - teacher).norm()  # the average is on its way
     victim = place / "harmed/checkpoints/step-00000006/student.safetensors"
     victim.write_bytes(victim.read_bytes()[:-100])
     left = place / "harmed/checkpoints/.step-00000006.tmp"
