@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import yaml
@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 from distill import checkpoint, pictures
 from distill.atomic import atomic_write
 from distill.config import Logging, Section
+from distill.trainer import Stepper, train
 
 LIBRARIES = ("torch", "diffusers", "accelerate", "safetensors", "numpy")
 
@@ -40,12 +41,6 @@ def read_record(folder: Path) -> dict[str, Any]:
     if not isinstance(record, dict) or "command" not in record:
         raise ValueError(f"{file}: is not the configuration of a run")
     return record
-
-
-class Stepper(Protocol):
-    """What the loop drives: a Trainer or a Pretrainer."""
-
-    def step(self, n: int) -> dict[str, Tensor]: ...
 
 
 class Run:
@@ -124,11 +119,12 @@ def drive(
     """
     start = run.restore(modules, optimizers)
     accelerator = run.accelerator
+    updates = train(stepper, steps, start)
     waiting: list[dict[str, Tensor]] = []
     for n in range(start, steps):
         # Dropout is the only user of the global generator; like all other noise it is a function of the step.
         torch.manual_seed((seed << 32) + n * accelerator.num_processes + accelerator.process_index)
-        waiting.append(stepper.step(n))
+        waiting.append(next(updates))
 
         done, last = n + 1, n + 1 == steps
         if last or any(done % every == 0 for every in (logging.log_every, logging.checkpoint_every)):

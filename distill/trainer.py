@@ -21,6 +21,14 @@ from samplers import Denoiser, SampleNoise
 from samplers.denoiser import expand
 
 
+class Stepper(Protocol):
+    """What `train` drives: a `Trainer`, or a `distill.pretrain.Pretrainer`."""
+
+    def step(self, n: int) -> dict[str, Tensor]:
+        """Update number n, a function of n and the weights; returns its metrics, each []."""
+        ...
+
+
 class Adversary(Protocol):
     """Compares noised samples of the student with those of the target, at the same noise level."""
 
@@ -122,7 +130,7 @@ class Trainer:
             yield x0, cond, noise
 
 
-def train(trainer: Trainer, steps: int, start: int = 0) -> Iterator[dict[str, Tensor]]:
+def train(stepper: Stepper, steps: int, start: int = 0) -> Iterator[dict[str, Tensor]]:
     """Updates `start` .. `steps` - 1; yields the metrics of each, as device scalars for the caller to read."""
     for n in range(start, steps):
-        yield trainer.step(n)
+        yield stepper.step(n)
