@@ -40,7 +40,7 @@ def save(
         for name, optimizer in optimizers.items():
             tensors, groups[name] = _flatten(optimizer.state_dict())
             _write_tensors(temporary / f"{name}.optimizer.safetensors", tensors)
-        sums = {file.name: _sha256(file) for file in sorted(temporary.iterdir())}
+        sums = {file.name: sha256(file) for file in sorted(temporary.iterdir())}
         state = {"step": step, "sha256": sums, "param_groups": groups}
         with atomic_write(temporary / "state.json") as file:
             file.write(json.dumps(state, indent=1).encode())
@@ -88,7 +88,7 @@ def _folders(folder: Path) -> list[Path]:
 def _is_whole(checkpoint: Path) -> bool:
     try:
         sums = json.loads((checkpoint / "state.json").read_text())["sha256"]
-        return all(_sha256(checkpoint / name) == value for name, value in sums.items())
+        return all(sha256(checkpoint / name) == value for name, value in sums.items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
@@ -126,7 +126,8 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

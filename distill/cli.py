@@ -177,13 +177,16 @@ def _sample(arguments: Namespace) -> None:
     if out.suffix.lower() != ".png":
         raise ValueError(f"--out: {out} is not named .png")
 
+    import torch
+
     from distill.generate import load_generator
     from distill.pictures import save_grid, side_by_side
 
     grids = []
     for name, path in (_named(source) for source in arguments.sources):
         generator = load_generator(path, arguments.sampler, arguments.steps, arguments.guidance, arguments.device)
-        grids.append((f"{name}, {generator.nfe} NFE", generator(arguments.seed, range(arguments.n))))
+        batches = [range(k, min(k + 500, arguments.n)) for k in range(0, arguments.n, 500)]
+        grids.append((f"{name}, {generator.nfe} NFE", torch.cat([generator(arguments.seed, b) for b in batches])))
     if len(grids) == 1:
         save_grid(grids[0][1], out)
     else:

@@ -9,13 +9,13 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from distill import checkpoint, data
 from distill import config as schemas
-from distill import data
 from distill.atomic import atomic_write
 from distill.card import teacher_card
 from distill.divergences import DIVERGENCES
 from distill.export import save_pipeline, teacher_scheduler
-from distill.noise import Share, check_log_normal, check_range, karras_level, log_normal_level
+from distill.noise import GENERATION, Share, check_log_normal, check_range, karras_level, log_normal_level
 from distill.optim import Update, adamw, learning_rate, student_rate
 from distill.pretrain import Pretrainer, build_unet
 from distill.run import Run, drive
@@ -27,6 +27,7 @@ from samplers import Denoiser, SampleNoise, denoiser_from, heun, karras_sigmas, 
 
 Progress = Callable[[int, dict[str, float]], None]
 NETWORK = "network"  # in a run folder: the teacher's configuration without its weights
+_DESCRIPTION = ("model_index.json", "unet/config.json", "scheduler/scheduler_config.json")
 PREVIEW_ROWS = 8
 
 
@@ -98,6 +99,7 @@ def train(config: schemas.Train, resume: bool, progress: Progress) -> Path:
     run = Run(config, resume, accelerator)
     if accelerator.is_main_process:
         _keep_network(pipeline_folder(config.teacher.path), run.folder / NETWORK)
+    accelerator.wait_for_everyone()
 
     optimizer = config.student.optimizer
     student_denoiser, student_update = _prepare(
@@ -153,7 +155,7 @@ def preview_student(student: OneStep, shape: tuple[int, ...], n_classes: int | N
 def _preview_start(shape: tuple[int, ...], n_classes: int | None, device: torch.device) -> tuple[Tensor, Tensor | None]:
     """Noise and labels of a grid of ten columns; always the same noise, so that grids can be compared."""
     n = 10 * PREVIEW_ROWS
-    z = SampleNoise(0, range(n)).normal(shape, device=device)
+    z = SampleNoise(0, range(n), GENERATION).normal(shape, device=device)
     return z, None if n_classes is None else torch.arange(n, device=device) % 10 % n_classes
 
 
@@ -178,9 +180,18 @@ def _images(config: schemas.Data) -> data.Images:
 
 
 def _keep_network(teacher_folder: Path, folder: Path) -> None:
-    """Copies the teacher's configuration, so that a run can be exported when its teacher is gone."""
-    for name in ("model_index.json", "unet/config.json", "scheduler/scheduler_config.json", FACTS):
-        if (teacher_folder / name).is_file():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            with atomic_write(folder / name) as file:  # a resumed run has a good copy already
-                file.write((teacher_folder / name).read_bytes())
+    """Copies the teacher's configuration, so that a run can be exported when its teacher is gone, and its hash.
+
+    Raises ValueError where a resumed run began with another teacher.
+    """
+    weights = sorted((teacher_folder / "unet").glob("*.safetensors"))
+    identity = " ".join(checkpoint.sha256(file) for file in weights).encode()
+    known = folder / "teacher.sha256"
+    if known.is_file() and known.read_bytes() != identity:
+        raise ValueError(f"--resume: the weights in {teacher_folder} are not those that this run began with")
+    kept = {name: teacher_folder / name for name in (*_DESCRIPTION, FACTS)}
+    contents = {name: file.read_bytes() for name, file in kept.items() if file.is_file()} | {known.name: identity}
+    for name, content in contents.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(folder / name) as file:  # a resumed run has a good copy already
+            file.write(content)

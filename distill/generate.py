@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from distill.export import load_student_network
+from distill.noise import GENERATION
 from distill.run import read_record
 from distill.student import OneStep
 from distill.teacher import Teacher, pipeline_folder, sample_shape
@@ -37,7 +38,7 @@ class ImageGenerator:
     @torch.no_grad()
     def __call__(self, seed: int, indices: Sequence[int], labels: Tensor | None = None) -> Tensor:
         """Images [B, C, H, W], nominally in [-1, 1], on the CPU. labels [B]: instead of the balanced ones."""
-        noise = SampleNoise(seed, indices)
+        noise = SampleNoise(seed, indices, GENERATION)
         z = noise.normal(self.shape, device=self.device)
         labels = self.labels(indices) if labels is None else labels
         cond = None if labels is None else labels.to(self.device)

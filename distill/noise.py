@@ -10,6 +10,8 @@ from distill.config import LogNormal, StudentNoise
 from samplers import SampleNoise
 from samplers.schedules import karras_sigma
 
+GENERATION = 1  # the stream of SampleNoise that images are made from; training draws from stream 0
+
 
 @dataclass(frozen=True)
 class Share:

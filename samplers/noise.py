@@ -1,4 +1,4 @@
-"""Random numbers that belong to a sample: draw j of sample k depends on (seed, k, j) only.
+"""Random numbers that belong to a sample: draw j of sample k depends on (seed, stream, k, j) only.
 
 Why: the same sample then has the same noise in any batch, on any number of processes and after any restart.
 Each sample owns a counter-based Philox stream (Salmon et al. 2011) keyed by (seed, k), so nothing is stored and
@@ -15,17 +15,19 @@ from torch import Tensor
 class SampleNoise:
     """One random stream per sample of a batch; successive draws continue the streams.
 
-    seed, indices: whole numbers in [0, 2^64). Every draw has one row per index, in their order.
+    seed, indices, stream: whole numbers in [0, 2^64). Every draw has one row per index, in their order. `stream` keeps
+    uses of one seed apart: what a student trained on is not what it is judged on.
     Raises ValueError for a number outside that range.
     """
 
-    def __init__(self, seed: int, indices: Iterable[int]) -> None:
+    def __init__(self, seed: int, indices: Iterable[int], stream: int = 0) -> None:
         indices = list(indices)
-        for name, number in [("seed", seed), *(("indices", index) for index in indices)]:
+        for name, number in [("seed", seed), ("stream", stream), *(("indices", index) for index in indices)]:
             if not 0 <= number < 2**64 or int(number) != number:
                 raise ValueError(f"{name}: {number} is not a whole number in [0, 2^64)")
         keys = [np.array([seed, index], dtype=np.uint64) for index in indices]
-        self._streams = [np.random.Generator(np.random.Philox(key=key)) for key in keys]
+        counter = np.array([0, 0, 0, stream], dtype=np.uint64)  # 2^192 blocks from the next stream
+        self._streams = [np.random.Generator(np.random.Philox(key=key, counter=counter)) for key in keys]
 
     def __len__(self) -> int:
         return len(self._streams)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from distill import Teacher, load_generator
+from distill.noise import GENERATION
 from samplers import Guided, SampleNoise, euler, karras_sigmas, sample
 from tests.distill.tiny import SIGMA_MAX, SIGMA_MIN, save_teacher
 
@@ -15,8 +16,9 @@ def test_a_sample_does_not_depend_on_its_batch(pipeline: Path, sampler: str, gui
     generator = load_generator(pipeline, sampler, steps=3, guidance=guidance)
     together = generator(7, range(6))
     apart = torch.cat([generator(7, [k]) for k in range(6)])
-    assert torch.allclose(together, apart, rtol=0, atol=1e-5)
-    assert torch.allclose(generator(7, [5, 2]), together[[5, 2]], rtol=0, atol=1e-5)
+    rounding = 1e-5 * float(together.abs().max())  # convolutions of other batch sizes sum in another order
+    assert torch.allclose(together, apart, rtol=0, atol=rounding)
+    assert torch.allclose(generator(7, [5, 2]), together[[5, 2]], rtol=0, atol=rounding)
     assert (generator(8, range(6)) - together).abs().amax((1, 2, 3)).min() > 0.01
 
 
@@ -25,7 +27,7 @@ def test_it_is_the_solver_with_the_labels_that_it_says(pipeline: Path) -> None:
     generator = load_generator(pipeline, "euler", steps=4, guidance=1.5)
     labels = torch.tensor([3, 3, 9])
     sigmas = karras_sigmas(4, SIGMA_MIN, SIGMA_MAX)
-    z = SampleNoise(1, [10, 11, 12]).normal((1, 8, 8))
+    z = SampleNoise(1, [10, 11, 12], GENERATION).normal((1, 8, 8))
     with torch.no_grad():
         expected = sample(euler, Guided(teacher.denoiser, 1.5, 10), sigmas[0] * z, sigmas, labels)
     assert torch.equal(generator(1, [10, 11, 12], labels), expected)

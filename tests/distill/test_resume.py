@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from distill import checkpoint
 from tests.distill.command import Running, distill
-from tests.distill.tiny import TEACH, TRAIN, write_config
+from tests.distill.tiny import TEACH, TRAIN, save_teacher, write_config
 
 
 def lines(run: Path) -> list[dict[str, Any]]:
@@ -172,3 +172,13 @@ def test_a_student_waits_for_its_fake_score(place: Path) -> None:
     )
     assert all(bool((student[f"network.{key}"] == value).all()) for key, value in teacher.items())
     assert any(bool((fake[f"network.{key}"] != value).any()) for key, value in teacher.items())
+
+
+def test_another_teacher_at_the_same_path_is_refused(place: Path) -> None:
+    config = write_config(place, TRAIN, steps=2)
+    assert distill("train", "--config", config, cwd=place).code == 0
+    shutil.rmtree(place / "pipeline")
+    save_teacher(place / "pipeline", seed=1)
+    result = distill("train", "--config", config, "--resume", cwd=place)
+    assert result.code == 2
+    assert result.err == ("distill: error: --resume: the weights in pipeline are not those that this run began with\n")

@@ -98,3 +98,13 @@ def test_a_batch_with_another_number_of_streams_raises() -> None:
 def test_a_seed_or_an_index_out_of_range_raises(seed, index, name) -> None:
     with pytest.raises(ValueError, match=name):
         SampleNoise(seed, [index])
+
+
+def test_streams_of_one_seed_are_kept_apart() -> None:
+    first, second = (SampleNoise(3, range(50), stream).normal((400,)) for stream in (0, 1))
+    assert not bool((first == second).any())
+    correlation = float((first.double() * second.double()).mean())
+    assert abs(correlation) < 5 / first.numel() ** 0.5
+    assert torch.equal(SampleNoise(3, [7]).normal((4,)), SampleNoise(3, [7], 0).normal((4,)))
+    with pytest.raises(ValueError, match="stream: -1"):
+        SampleNoise(3, [7], -1)
