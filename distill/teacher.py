@@ -165,6 +165,8 @@ def read_pipeline(folder: Path) -> tuple[Any, Any]:
             )
     except Exception as error:  # diffusers raises a different type for each thing that can be wrong with a folder
         raise ValueError(f"{part}: cannot be read ({str(error).splitlines()[0]})") from error
+    if scheduler is None:  # diffusers stands a dummy in for a class that needs what is not installed
+        raise ValueError(f"scheduler: {scheduler_class} needs a package that is not installed here")
     wrong = [*loaded["missing_keys"], *loaded["unexpected_keys"], *loaded["mismatched_keys"]]
     if wrong:  # diffusers would go on with random weights
         raise ValueError(f"{part}: its weights are not those of its config.json: {wrong[0]} and {len(wrong) - 1} more")
