@@ -231,7 +231,8 @@ def denoiser_from(model: nn.Module, scheduler: Any) -> NetworkDenoiser:
 
 def coordinates_of(scheduler: Any) -> Coordinates:
     """What a diffusers scheduler says that its network was trained on. Raises ValueError if that is not known."""
-    name, config = type(scheduler).__name__, getattr(scheduler, "config", {})
+    name = type(scheduler).__name__
+    config: Any = getattr(scheduler, "config", {})
     prediction_type = config.get("prediction_type", "epsilon")
 
     if name in _EDM and prediction_type in ("epsilon", "v_prediction"):
