@@ -1,6 +1,6 @@
 """f-divergences D_f(p || q) = E_q f(r), r = p / q, and the weights that they give distribution matching.
 
-grad D_f = -E[h(r) (s_p - s_q) dx/dtheta] with h(r) = r^2 f''(r) (Xu et al. 2025, arXiv 2502.15681, Theorem 1):
+grad D_f = -E[h(r) (s_p - s_q) dx/dtheta] with h(r) = r^2 f''(r) (Xu et al. 2025, arXiv 2502.15681):
 a divergence enters training as one number per sample. p is the target, q the student.
 """
 
