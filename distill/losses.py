@@ -30,9 +30,9 @@ def distribution_matching_loss(x: Tensor, denoised_fake: Tensor, denoised_target
     """A loss, [B], whose gradient in x is weight * (D_fake - D_target) / numel, like x / sample.
 
     x [B, ...]: the student's samples, with their graph. The two predictions, like x, are made at the same noised
-    sample. No gradient flows through anything but x. With weight [B] = h(r) its expectation is sigma^2 times the gradient
-    of D_f(target || student) at one noise level (Yin et al. 2024, eq. 7; Xu et al. 2025); `matching_weight` rescales
-    every sample of that, which keeps the fixed point D_fake = D_target.
+    sample. No gradient flows through anything but x. With weight [B] = h(r) its expectation is sigma^2 / numel times
+    the gradient of D_f(target || student) at one noise level (Yin et al. 2024, eq. 7; Xu et al. 2025);
+    `matching_weight` rescales every sample of that, which keeps the fixed point D_fake = D_target.
     """
     direction = expand(weight, x) * (denoised_fake - denoised_target)
     return 0.5 * (x - (x - direction).detach()).square().flatten(1).mean(1)
