@@ -18,6 +18,7 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 from pydantic import ValidationError
 
 from distill.config import COMMANDS, SolverName
+from distill.progress import Progress, is_first
 
 _DESCRIPTION = """One-step students of diffusion models.
 
@@ -86,7 +87,7 @@ def _one_line(message: str, known: list[str]) -> str:
 
 
 def _fail(message: str, code: int = 2) -> NoReturn:
-    if _is_first():
+    if is_first():
         print(f"distill: error: {message}", file=sys.stderr)
     sys.exit(code)
 
@@ -99,6 +100,8 @@ def _parse(arguments: list[str]) -> tuple[str, Namespace]:
         sub = _Parser(description=schema.__doc__, allow_abbrev=False)
         sub.add_argument("--config", action="config", help="a YAML file; options after it override its keys")
         sub.add_argument("--resume", action="store_true", help="continue the run from its last checkpoint")
+        if name == "train":
+            sub.add_argument("--dry-run", action="store_true", help="say what the run would do, and stop")
         sub.add_class_arguments(schema, as_group=False)
         commands.add_subcommand(name, sub, help=schema.__doc__)
     commands.add_subcommand("sample", _sample_parser(), help="Write a grid of samples of a run or a pipeline.")
@@ -156,14 +159,18 @@ def _export_parser() -> ArgumentParser:
 def _experiment(arguments: Namespace) -> None:
     """`distill teach` and `distill train`."""
     values = arguments.as_dict()
-    resume = values.pop("resume")
+    resume, dry_run = values.pop("resume"), values.pop("dry_run", False)
     values.pop("config", None)
     config = COMMANDS[values["command"]].model_validate(values)
 
     from distill import experiment
 
+    if dry_run:
+        for line in experiment.plan(config):  # type: ignore[arg-type]
+            _say(line)
+        return
     function = {"teach": experiment.teach, "train": experiment.train}[config.command]
-    with _Progress(config.steps) as progress:
+    with Progress(config.steps) as progress:
         folder = function(config, resume, progress)  # type: ignore[operator]
     _say(f"{folder}")
     _say(f"pictures: {Path(config.run) / 'samples'} and {Path(config.run) / 'curves.png'}")
@@ -208,37 +215,8 @@ def _export(arguments: Namespace) -> None:
     _say(f"{arguments.folder}: a ConsistencyModelPipeline; how to run it is in its README.md")
 
 
-class _Progress:
-    """A progress bar on a terminal, plain lines elsewhere; silent on all processes but the first."""
-
-    def __init__(self, steps: int) -> None:
-        self._steps, self._silent = steps, not _is_first()
-
-    def __enter__(self) -> "_Progress":
-        from tqdm import tqdm
-
-        self._bar = tqdm(total=self._steps, unit="step", disable=self._silent or not sys.stderr.isatty())
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
-
-    def __call__(self, step: int, metrics: dict[str, float]) -> None:
-        shown = {name: f"{value:.4g}" for name, value in metrics.items()}
-        if self._bar.disable:
-            if not self._silent:
-                print(f"step {step}/{self._steps}", *(f"{k} {v}" for k, v in shown.items()), sep="  ", flush=True)
-        else:
-            self._bar.set_postfix(shown, refresh=False)
-            self._bar.update(step - self._bar.n)
-
-
-def _is_first() -> bool:
-    return os.environ.get("RANK", "0") == "0"
-
-
 def _say(line: str) -> None:
-    if _is_first():
+    if is_first():
         print(line)
 
 

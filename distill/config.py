@@ -13,6 +13,16 @@ Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Scale = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 SolverName = Literal["euler", "heun", "ancestral", "dpmpp_2m"]
+DivergenceName = Literal[
+    "reverse-kl",
+    "softened-reverse-kl",
+    "jensen-shannon",
+    "squared-hellinger",
+    "forward-kl",
+    "jeffreys",
+    "neyman",
+    "alpha",
+]
 
 
 class Section(BaseModel):
@@ -110,10 +120,30 @@ class Teach(Section):
 
 
 class TeacherSource(Section):
-    """The diffusion model to distil."""
+    """What is distilled: a diffusion model, or a mixture of Gaussians whose denoiser is exact."""
 
-    path: str = Field(description="a pipeline folder of diffusers, or the run folder of `distill teach`")
+    name: Literal["pipeline", "two-modes", "ring", "grid"] = Field(
+        "pipeline", description="a diffusers model; or an exact toy: 2 modes on a line, 8 on a ring, 5 x 5 on a grid"
+    )
+    path: str | None = Field(None, description="for name: pipeline, a pipeline folder or a run of `distill teach`")
     guidance: Scale = Field(1.0, description="classifier-free guidance scale; 1 is none")
+
+    @model_validator(mode="after")
+    def _path_fits_name(self) -> Self:
+        if (self.path is not None) != (self.name == "pipeline"):
+            raise ValueError(f"path: {self.path!r} does not go with name: {self.name} (only a pipeline has a path)")
+        if self.guidance != 1 and self.name != "pipeline":
+            raise ValueError(f"guidance: {self.guidance}; a toy has no conditions to guide by")
+        return self
+
+
+class Toy(Section):
+    """The networks of a toy, which has no teacher to start from. Its student starts as x = spread z."""
+
+    hidden: Count = Field(64, description="width of the layers")
+    layers: Count = Field(3, description="residual layers")
+    spread: Positive = Field(1.0, description="standard deviation of the first student's samples")
+    affine: bool = Field(False, description="keep the student x = m + s z, so that its law is Gaussian")
 
 
 class Student(Section):
@@ -139,6 +169,9 @@ class StudentNoise(Section):
     sigma_max: Positive | None = Field(None, description="highest level; null is the teacher's")
     rho: Positive = Field(7.0, description="exponent of the grid")
     trim: Annotated[float, Field(ge=0, lt=0.5)] = Field(0.02, description="share left out at each end")
+    weighting: Literal["distance", "level"] = Field(
+        "distance", description="levels made alike by each sample's distance to its prediction (DMD), or by level only"
+    )
 
 
 class TargetChoice(Section):
@@ -148,9 +181,54 @@ class TargetChoice(Section):
 
 
 class DivergenceChoice(Section):
-    """The divergence D_f(teacher || student) that is minimised."""
+    """The divergence D_f(teacher || student) that is minimised, through its weight h(r) = r^2 f''(r)."""
 
-    name: Literal["reverse-kl"] = Field("reverse-kl", description="its weight h(r) = r^2 f''(r) is 1")
+    name: DivergenceName = Field("reverse-kl", description="all but reverse-kl weight by a ratio, and need `real`")
+    exponent: Annotated[float, Field(allow_inf_nan=False)] | None = Field(None, description="for alpha: h = r^exponent")
+    clip: tuple[Positive, Positive] = Field((0.1, 20.0), description="bounds of the estimated ratio")
+    normalise: bool = Field(True, description="divide r by its mean in a noise bin, then h by its mean over the batch")
+    bins: Count = Field(10, description="noise bins, equal in the index of the Karras grid")
+    decay: Fraction = Field(0.0, description="of the bins' running means; 0 keeps the present batch only")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if (self.exponent is not None) != (self.name == "alpha"):
+            raise ValueError(f"exponent: {self.exponent} does not go with name: {self.name} (alpha needs one)")
+        if not self.clip[0] < self.clip[1]:
+            raise ValueError(f"clip: {list(self.clip)}; the first bound must be below the second")
+        return self
+
+    @property
+    def constant(self) -> bool:
+        """Whether the weight is 1 whatever the ratio."""
+        return self.name == "reverse-kl" or self.exponent == 0
+
+
+class Real(Section):
+    """What a discriminator takes for real. With `none` there is no discriminator."""
+
+    name: Literal["none", "data", "teacher"] = Field("none", description="images, or samples that the teacher makes")
+    data: Data = Field(Data(), description="the images, for name: data")
+    count: Count = Field(10_000, description="for name: teacher, how many samples are made, once")
+    sampler: SolverName = Field("heun", description="for name: teacher")
+    steps: Count = Field(18, description="of the sampler")
+    seed: Seed = Field(0, description="of the teacher's samples, which runs of any seed share")
+    cache: str = Field("runs/teacher-samples", description="folder of samples that were made, by what made them")
+
+
+class DiscriminatorChoice(Section):
+    """Heads on the features of a network, trained with the fake score where `real` says against what."""
+
+    features: Literal["teacher", "fake"] = Field(
+        "teacher", description="whose encoder is read: the frozen teacher's, or the fake score's, trained too"
+    )
+    levels: tuple[int, ...] | None = Field(
+        None, description="resolutions of a UNet (-1 is the bottleneck) or blocks of a transformer; null is a choice"
+    )
+    lr: Positive | None = Field(None, description="peak learning rate of the heads; null is the fake score's")
+    weight: Positive = Field(1.0, description="of the discriminator's loss beside the fake score's")
+    r1: Scale = Field(0.0, description="gamma of the penalty gamma / 2 |grad ln r|^2 at real samples")
+    r1_form: Literal["exact", "difference"] = Field("exact", description="by a second derivative, or a difference")
 
 
 class Train(Section):
@@ -165,9 +243,28 @@ class Train(Section):
     noise: StudentNoise = StudentNoise()
     target: TargetChoice = TargetChoice()
     divergence: DivergenceChoice = DivergenceChoice()
+    discriminator: DiscriminatorChoice = DiscriminatorChoice()
+    adversarial_weight: Scale = Field(0.0, description="of the generator term softplus(-ln r); 0 is none")
+    real: Real = Real()
+    toy: Toy = Toy()
     steps: Count = Field(400, description="updates of the student")
     batch_size: Count = Field(128, description="samples per update, over all processes")
     logging: Logging = Logging()
+
+    @model_validator(mode="after")
+    def _real_samples_where_needed(self) -> Self:
+        if self.real.name == "none" and self.adversarial_weight:
+            raise ValueError(
+                f"adversarial_weight: {self.adversarial_weight} needs real samples (real.name: data or teacher)"
+            )
+        if self.real.name == "none" and not self.divergence.constant:
+            raise ValueError(
+                f"divergence.name: {self.divergence.name} weights by a ratio, whose discriminator needs real samples "
+                "(real.name: data or teacher)"
+            )
+        if self.discriminator.features == "teacher" and self.teacher.name != "pipeline" and self.real.name != "none":
+            raise ValueError("discriminator.features: teacher; a toy teacher has no network, accepted is fake")
+        return self
 
 
 COMMANDS: dict[str, type[Teach] | type[Train]] = {"teach": Teach, "train": Train}

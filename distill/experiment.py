@@ -4,31 +4,38 @@ import copy
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from distill import checkpoint, data
+from distill import checkpoint, data, divergences, pictures
 from distill import config as schemas
+from distill.adversary import Adversary, FakeHeads, ScoreOnly, TeacherHeads
 from distill.atomic import atomic_write
 from distill.card import teacher_card
-from distill.divergences import DIVERGENCES
+from distill.discriminator import Discriminator
 from distill.export import save_pipeline, teacher_scheduler
-from distill.noise import GENERATION, Share, check_log_normal, check_range, karras_level, log_normal_level
+from distill.noise import Share, check_log_normal, check_range, karras_level, log_normal_level
 from distill.optim import Update, adamw, learning_rate, student_rate
 from distill.pretrain import Pretrainer, build_unet
+from distill.real import RealImages, RealMixture, teacher_samples
 from distill.run import Run, drive
 from distill.student import OneStep
+from distill.subject import Subject, load_subject, preview_start
+from distill.taps import Tap
 from distill.targets import Fixed
-from distill.teacher import FACTS, Teacher, pipeline_folder
-from distill.trainer import Trainer
-from samplers import Denoiser, SampleNoise, denoiser_from, heun, karras_sigmas, sample
+from distill.teacher import FACTS, pipeline_folder
+from distill.trainer import Trainer, by_distance, by_level
+from distill.weights import RatioWeight
+from samplers import Denoiser, NetworkDenoiser, SampleNoise, denoiser_from, heun, karras_sigmas, sample
+from samplers.schedules import karras_index
 
 Progress = Callable[[int, dict[str, float]], None]
 NETWORK = "network"  # in a run folder: the teacher's configuration without its weights
 _DESCRIPTION = ("model_index.json", "unet/config.json", "scheduler/scheduler_config.json")
-PREVIEW_ROWS = 8
+Reals = Callable[[SampleNoise, Any], Tensor]
 
 
 def teach(config: schemas.Teach, resume: bool, progress: Progress) -> Path:
@@ -70,7 +77,7 @@ def teach(config: schemas.Teach, resume: bool, progress: Progress) -> Path:
         config.logging,
         {"teacher": network, "average": average},
         {"teacher": update.optimizer},
-        lambda: preview_teacher(average, shape, n_classes, device),
+        lambda path: pictures.save_grid(preview_teacher(average, shape, n_classes, device), path),
         config.seed,
         progress,
     )
@@ -85,43 +92,54 @@ def teach(config: schemas.Teach, resume: bool, progress: Progress) -> Path:
 
 def train(config: schemas.Train, resume: bool, progress: Progress) -> Path:
     """Distils a teacher as the configuration says and returns the run folder."""
-    teacher = Teacher.load(config.teacher.path, config.teacher.guidance)
     accelerator = Accelerator()
     device = accelerator.device
+    subject, low, high = _checked_subject(config, device)
+    reals = _reals(config, subject, accelerator)
+    heads = _heads(config, subject, device)
     share = Share(config.seed, config.batch_size, accelerator.process_index, accelerator.num_processes)
-    noise = config.noise
-    low, high = check_range(noise.sigma_min, noise.sigma_max, teacher.sigma_min, teacher.sigma_max)
-    check_log_normal("fake.noise", config.fake.noise, low, high)
-    OneStep(teacher.denoiser, config.student.sigma_init)  # refuses a start outside the range before anything is written
-    teacher.denoiser.to(device)
-    student_network, fake_network = teacher.clone().eval(), teacher.clone().eval()
-    average = copy.deepcopy(student_network).requires_grad_(False)
+    average = copy.deepcopy(subject.student).requires_grad_(False).to(device)
     run = Run(config, resume, accelerator)
-    if accelerator.is_main_process:
+    if accelerator.is_main_process and config.teacher.path is not None:
         _keep_network(pipeline_folder(config.teacher.path), run.folder / NETWORK)
     accelerator.wait_for_everyone()
 
-    optimizer = config.student.optimizer
     student_denoiser, student_update = _prepare(
-        accelerator, student_network, optimizer, config.steps, schedule=student_rate
+        accelerator, subject.student, config.student.optimizer, config.steps, schedule=student_rate
     )
     fake_steps = config.steps * config.fake.steps
-    fake_denoiser, fake_update = _prepare(accelerator, fake_network, config.fake.optimizer, fake_steps)
+    trained_heads = heads and accelerator.prepare(heads.to(device))
+    fake_denoiser, fake_update = _prepare(
+        accelerator, subject.fake, config.fake.optimizer, fake_steps, heads=trained_heads, lr=config.discriminator.lr
+    )
+    student_level = partial(karras_level, config=config.noise, sigma_min=low, sigma_max=high)
+    modules: dict[str, nn.Module] = {"student": subject.student, "fake": subject.fake, "average": average}
+    adversary: Adversary = ScoreOnly()
+    if heads is not None and reals is not None and trained_heads is not None:
+        modules["discriminator"] = heads
+        adversary = _adversary(config, subject, heads, trained_heads, reals, student_level)
+    ratio_weight = None
+    if not config.divergence.constant:
+        modules["ratio_weight"] = ratio_weight = _ratio_weight(config, low, high, accelerator)
+    sigma_data = subject.fake.sigma_data
     trainer = Trainer(
         OneStep(student_denoiser, config.student.sigma_init),
         fake_denoiser,
-        Fixed(teacher.guided),
+        Fixed(subject.target),
         student_update,
         fake_update,
-        student_level=partial(karras_level, config=noise, sigma_min=low, sigma_max=high),
+        student_level=student_level,
         fake_level=partial(log_normal_level, config=config.fake.noise, sigma_min=low, sigma_max=high),
         share=share,
-        shape=teacher.shape,
-        conditions=teacher.conditions,
-        divergence=DIVERGENCES[config.divergence.name],
+        shape=subject.shape,
+        conditions=subject.conditions,
+        ratio_weight=ratio_weight,
+        weighting=by_distance if config.noise.weighting == "distance" else by_level(sigma_data),
+        adversary=adversary,
+        adversarial_weight=config.adversarial_weight,
         fake_steps=config.fake.steps,
-        sigma_data=teacher.denoiser.sigma_data,
-        average=(average, student_network, config.student.ema),
+        sigma_data=sigma_data,
+        average=(average, subject.student, config.student.ema),
         device=device,
     )
     student = OneStep(average, config.student.sigma_init)
@@ -130,33 +148,135 @@ def train(config: schemas.Train, resume: bool, progress: Progress) -> Path:
         trainer,
         config.steps,
         config.logging,
-        {"student": student_network, "fake": fake_network, "average": average},
+        modules,
         {"student": student_update.optimizer, "fake": fake_update.optimizer},
-        lambda: preview_student(student, teacher.shape, teacher.n_classes, device),
+        lambda path: subject.preview(student, path),
         config.seed,
         progress,
     )
     return run.folder
 
 
+def plan(config: schemas.Train) -> list[str]:
+    """What a run would do, as lines: passes and samples, and what its networks are if the teacher is here.
+
+    Everything that `train` would refuse before its first update is refused here.
+    """
+    lines = [f"{config.steps} updates of {config.batch_size} samples: {config.steps * config.batch_size:,} in all"]
+    lines += passes(config)
+    if config.teacher.path is not None and not Path(config.teacher.path).exists():
+        return [*lines, f"teacher: {config.teacher.path} is not here, so the networks were not built"]
+    device = torch.device("cpu")
+    subject, low, high = _checked_subject(config, device)
+    heads = _heads(config, subject, device)
+    lines.append(f"samples of shape {list(subject.shape)}, noise levels {low:.6g} .. {high:.6g}")
+    for name, network in (("student", subject.student), ("fake", subject.fake), ("discriminator", heads)):
+        if network is not None:
+            lines.append(f"{name}: {sum(p.numel() for p in network.parameters()):,} parameters")
+    return lines
+
+
+def passes(config: schemas.Train) -> list[str]:
+    """The network passes of an update, as the docstrings of `Trainer` and its adversary count them."""
+    k, guided = config.fake.steps, " (2 where guided)" if config.teacher.guidance != 1 else ""
+    lines = [
+        f"an update: student 1 forward, 1 backward; teacher 1 forward{guided}; fake score {1 + k} forward, {k} backward"
+    ]
+    if config.real.name != "none":
+        where = config.discriminator.features
+        encoded = f"{2 * k} without a graph" if where == "teacher" else f"{k} forward and backward"
+        r1 = " and those of the penalty" if config.discriminator.r1 else ""
+        through = "; 1 backward to the samples" if config.adversarial_weight else ""
+        lines.append(f"discriminator: the encoder of the {where}, {encoded}{r1}{through}")
+    return lines
+
+
+def _checked_subject(config: schemas.Train, device: torch.device) -> tuple[Subject, float, float]:
+    """The subject and the range of noise levels, both found good before anything is written."""
+    subject = load_subject(config, device)
+    low, high = check_range(config.noise.sigma_min, config.noise.sigma_max, subject.sigma_min, subject.sigma_max)
+    check_log_normal("fake.noise", config.fake.noise, low, high)
+    return subject, low, high
+
+
+def _reals(config: schemas.Train, subject: Subject, accelerator: Accelerator) -> Reals | None:
+    if config.real.name == "none":
+        return None
+    if subject.mixture is not None:
+        return RealMixture(subject.mixture, accelerator.device)
+    if config.real.name == "data":
+        images = _images(config.real.data)
+    else:
+        images = teacher_samples(config.teacher, config.real, accelerator)
+    return RealImages(images, subject.shape, subject.n_classes, accelerator.device)
+
+
+def _heads(config: schemas.Train, subject: Subject, device: torch.device) -> Discriminator | None:
+    """Untrained heads that fit the features; sizes are read from one pass over one sample."""
+    if config.real.name == "none":
+        return None
+    network, tap = _tapped(config, subject)
+    where = next(network.parameters()).device
+    cond = subject.conditions(SampleNoise(config.seed, [0]), where)
+    x, sigma = torch.zeros(1, *subject.shape, device=where), torch.full((1,), network.sigma_max, device=where)
+    with torch.no_grad():
+        features = tap.encode(lambda: network(x, sigma, cond))
+    torch.manual_seed(config.seed)
+    return Discriminator(features).to(device)
+
+
+def _tapped(config: schemas.Train, subject: Subject) -> tuple[NetworkDenoiser, Tap]:
+    """The denoiser that a discriminator reads, and where."""
+    network = subject.network if config.discriminator.features == "teacher" else subject.fake
+    assert network is not None, "a toy has no teacher network: refused by the schema"
+    return network, Tap(network.network, config.discriminator.levels)
+
+
+def _adversary(
+    config: schemas.Train,
+    subject: Subject,
+    heads: Discriminator,
+    train_heads: Callable[..., Tensor],
+    reals: Reals,
+    level: Callable[[Tensor], Tensor],
+) -> Adversary:
+    choice = config.discriminator
+    network, tap = _tapped(config, subject)
+    r1_exact = choice.r1_form == "exact"
+    if choice.features == "fake":
+        return FakeHeads(
+            network=network, tap=tap, heads=heads, train_heads=train_heads, reals=reals,
+            weight=choice.weight, r1=choice.r1, r1_exact=r1_exact,
+        )  # fmt: skip
+    return TeacherHeads(
+        network=network, tap=tap, heads=heads, train_heads=train_heads, reals=reals,
+        weight=choice.weight, r1=choice.r1, r1_exact=r1_exact, level=level,
+    )  # fmt: skip
+
+
+def _ratio_weight(config: schemas.Train, low: float, high: float, accelerator: Accelerator) -> RatioWeight:
+    choice, noise = config.divergence, config.noise
+
+    def index(sigma: Tensor) -> Tensor:
+        """Where in the levels that are used, in [0, 1]."""
+        return (karras_index(sigma, low, high, noise.rho) - noise.trim) / (1 - 2 * noise.trim)
+
+    return RatioWeight(
+        divergences.named(choice.name, choice.exponent),
+        choice.clip,
+        choice.normalise,
+        choice.bins,
+        choice.decay,
+        index,
+        partial(accelerator.reduce, reduction="sum"),
+    ).to(accelerator.device)
+
+
 def preview_teacher(denoiser: Denoiser, shape: tuple[int, ...], n_classes: int | None, device: torch.device) -> Tensor:
     """A grid of a denoiser's samples by 18 Heun steps, one column a class, [N, C, H, W]."""
-    z, labels = _preview_start(shape, n_classes, device)
+    z, labels = preview_start(shape, n_classes, device)
     sigmas = karras_sigmas(18, denoiser.sigma_min, denoiser.sigma_max)  # type: ignore[attr-defined]
     return sample(heun, denoiser, sigmas[0] * z, sigmas, labels)
-
-
-@torch.no_grad()
-def preview_student(student: OneStep, shape: tuple[int, ...], n_classes: int | None, device: torch.device) -> Tensor:
-    """The same grid from a one-step student."""
-    return student(*_preview_start(shape, n_classes, device))
-
-
-def _preview_start(shape: tuple[int, ...], n_classes: int | None, device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Noise and labels of a grid of ten columns; always the same noise, so that grids can be compared."""
-    n = 10 * PREVIEW_ROWS
-    z = SampleNoise(0, range(n), GENERATION).normal(shape, device=device)
-    return z, None if n_classes is None else torch.arange(n, device=device) % 10 % n_classes
 
 
 def _prepare(
@@ -165,10 +285,12 @@ def _prepare(
     optimizer: schemas.Optimizer,
     steps: int,
     schedule: Callable[..., float] = learning_rate,
+    heads: nn.Module | None = None,
+    lr: float | None = None,
 ) -> tuple[nn.Module, Update]:
-    """A network ready for any number of processes, and its update."""
+    """A network ready for any number of processes, and its update; of `heads` with peak learning rate `lr` too."""
     network.to(accelerator.device)
-    prepared, prepared_optimizer = accelerator.prepare(network, adamw(network, optimizer))
+    prepared, prepared_optimizer = accelerator.prepare(network, adamw(network, optimizer, heads, lr))
     rate = partial(schedule, optimizer, steps=steps)
     return prepared, Update(prepared_optimizer, rate, optimizer.clip, accelerator.backward)
 

@@ -30,6 +30,7 @@ class ImageGenerator:
     solver: Solver | None
     sigmas: Tensor
     device: torch.device
+    stream: int = GENERATION
 
     def labels(self, indices: Sequence[int]) -> Tensor | None:
         """Balanced class labels [B]: k modulo the number of classes; None if the model is unconditional."""
@@ -38,7 +39,7 @@ class ImageGenerator:
     @torch.no_grad()
     def __call__(self, seed: int, indices: Sequence[int], labels: Tensor | None = None) -> Tensor:
         """Images [B, C, H, W], nominally in [-1, 1], on the CPU. labels [B]: instead of the balanced ones."""
-        noise = SampleNoise(seed, indices, GENERATION)
+        noise = SampleNoise(seed, indices, self.stream)
         z = noise.normal(self.shape, device=self.device)
         labels = self.labels(indices) if labels is None else labels
         cond = None if labels is None else labels.to(self.device)

@@ -11,6 +11,7 @@ from samplers import SampleNoise
 from samplers.schedules import karras_sigma
 
 GENERATION = 1  # the stream of SampleNoise that images are made from; training draws from stream 0
+TEACHER_SAMPLES = 2  # of the teacher's samples that a discriminator takes for real
 
 
 @dataclass(frozen=True)

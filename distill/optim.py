@@ -10,13 +10,17 @@ from torch.optim import Optimizer
 from distill.config import Optimizer as OptimizerConfig
 
 
-def adamw(network: nn.Module, config: OptimizerConfig) -> Optimizer:
-    """Fused AdamW over a network's trainable parameters."""
-    parameters = [p for p in network.parameters() if p.requires_grad]
-    fused = all(p.device.type in ("cpu", "cuda") for p in parameters)
-    return torch.optim.AdamW(
-        parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=fused
-    )
+def adamw(
+    network: nn.Module, config: OptimizerConfig, heads: nn.Module | None = None, lr: float | None = None
+) -> Optimizer:
+    """Fused AdamW over a network's trainable parameters, and those of `heads` with a peak rate of their own."""
+    groups = [
+        {"params": [p for p in module.parameters() if p.requires_grad], "scale": scale}
+        for module, scale in ((network, 1.0), (heads, (lr or config.lr) / config.lr))
+        if module is not None
+    ]
+    fused = all(p.device.type in ("cpu", "cuda") for group in groups for p in group["params"])  # type: ignore[attr-defined]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=fused)
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
@@ -41,6 +45,7 @@ def student_rate(config: OptimizerConfig, step: int, steps: int) -> float:
 class Update:
     """One optimizer step on a loss []: the only place that turns a loss into new weights.
 
+    schedule: step -> learning rate, which a group of parameters multiplies with its "scale", if it has one.
     backward: how the loss is differentiated (accelerate's `backward`, which scales and synchronises, or Tensor's).
     """
 
@@ -57,7 +62,7 @@ class Update:
         self.optimizer.zero_grad(set_to_none=True)
         self._backward(loss)
         for group in self.optimizer.param_groups:
-            group["lr"] = self._schedule(step)
+            group["lr"] = self._schedule(step) * group.get("scale", 1.0)
             if self._clip is not None:
                 nn.utils.clip_grad_norm_(group["params"], self._clip)
         self.optimizer.step()

@@ -35,6 +35,23 @@ def side_by_side(rows: list[tuple[str, Tensor]], path: Path, columns: int = 10) 
     _write_figure(figure, path)
 
 
+def save_points(points: Tensor, reference: Tensor, path: Path) -> None:
+    """Draws points [N, d] over reference points [M, d] as one PNG: a scatter of the plane, or histograms of a line."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.2, 4.2), layout="constrained")
+    axes = figure.subplots()
+    sets = ((reference, "lightgrey", "target"), (points, "tab:blue", "student"))
+    for data, color, label in sets:
+        columns = data.detach().cpu().float().T.numpy()
+        if len(columns) == 1:
+            axes.hist(columns[0], bins=100, density=True, color=color, alpha=0.7, label=label)
+        else:
+            axes.scatter(columns[0], columns[1], s=2, color=color, label=label)
+    axes.legend(loc="upper right")
+    _write_figure(figure, path)
+
+
 def save_curves(metrics_file: Path, path: Path) -> None:
     """Draws every metric of a metrics.jsonl against the step, one panel each, as one PNG."""
     from matplotlib.figure import Figure

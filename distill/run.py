@@ -107,15 +107,15 @@ def drive(
     logging: Logging,
     modules: dict[str, nn.Module],
     optimizers: dict[str, Optimizer],
-    preview: Callable[[], Tensor],
+    preview: Callable[[Path], None],
     seed: int,
     progress: Callable[[int, dict[str, float]], None],
 ) -> None:
     """Runs a stepper from where the run stands to `steps`, and writes everything that the run folder holds.
 
-    modules, optimizers: the state that checkpoints keep. preview: images of the present state. progress(step, metrics)
-    is called once an interval. Between intervals nothing is copied from the device. Raises FloatingPointError, naming
-    the step, for a metric or a weight that is not finite; the last checkpoint is then from before it.
+    modules, optimizers: the state that checkpoints keep. preview(path): draws the present state. progress(step,
+    metrics) is called once an interval. Between intervals nothing is copied from the device. Raises FloatingPointError,
+    naming the step, for a metric or a weight that is not finite; the last checkpoint is then from before it.
     """
     start = run.restore(modules, optimizers)
     accelerator = run.accelerator
@@ -137,7 +137,7 @@ def drive(
         if saves:
             _check_weights(modules, done, run.folder)
         if (last or done % logging.sample_every == 0) and accelerator.is_main_process:
-            pictures.save_grid(preview(), run.folder / "samples" / f"step-{done:08d}.png")
+            preview(run.folder / "samples" / f"step-{done:08d}.png")
             pictures.save_curves(run.metrics_file, run.folder / "curves.png")
         if saves:  # after the pictures: what comes before the newest checkpoint is there when a run is resumed
             if accelerator.is_main_process:
@@ -159,7 +159,8 @@ def _means(waiting: list[dict[str, Tensor]], done: int, accelerator: Accelerator
 
 def _check_weights(modules: dict[str, nn.Module], done: int, folder: Path) -> None:
     for name, module in modules.items():
-        norms = torch.stack(torch._foreach_norm(list(module.parameters())))
+        parameters = list(module.parameters())
+        norms = torch.stack(torch._foreach_norm(parameters)) if parameters else torch.zeros(1)
         if not bool(norms.isfinite().all()):
             raise _not_finite(f"a weight of the {name} is not finite", done, folder)
 

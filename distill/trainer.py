@@ -5,18 +5,20 @@ other objects given to the same loop: a divergence with its ratio, an adversaria
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from itertools import chain
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from distill.divergences import DIVERGENCES, FDivergence
-from distill.losses import denoising_loss, distribution_matching_loss, matching_weight
+from distill.adversary import Adversary, ScoreOnly
+from distill.discriminator import log_ratio
+from distill.losses import adversarial_loss, denoising_loss, distribution_matching_loss, level_weight, matching_weight
 from distill.noise import Share
 from distill.optim import Update
 from distill.student import OneStep, update_average
+from distill.weights import weight_statistics
 from samplers import Denoiser, SampleNoise
 from samplers.denoiser import expand
 
@@ -29,16 +31,17 @@ class Stepper(Protocol):
         ...
 
 
-class Adversary(Protocol):
-    """Compares noised samples of the student with those of the target, at the same noise level."""
+Weighting = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x, D_target(x_sigma), sigma) -> [B]
 
-    def ratio(self, x: Tensor, sigma: Tensor, cond: Any) -> Tensor:
-        """r = p_target / p_student at x [B, ...], [B], positive, without a graph."""
-        ...
 
-    def generator_loss(self, x: Tensor, sigma: Tensor, cond: Any) -> Tensor:
-        """What the student minimises to be taken for the target, [B], with a graph to x."""
-        ...
+def by_distance(x: Tensor, denoised_target: Tensor, sigma: Tensor) -> Tensor:
+    """`matching_weight`, DMD's."""
+    return matching_weight(x, denoised_target)
+
+
+def by_level(sigma_data: float) -> Weighting:
+    """`level_weight`: the gradient stays that of the divergence, at every level."""
+    return lambda x, denoised_target, sigma: level_weight(sigma, sigma_data)
 
 
 @dataclass
@@ -47,12 +50,14 @@ class Trainer:
 
     student, fake: trained by their updates. target: the frozen denoiser to match. shape: of one sample, [C, H, W].
     conditions(noise, device): conditions of a batch. student_level, fake_level: u [B] in [0, 1) -> sigma [B].
-    divergence: gives the weight h(r); one that is not constant needs an `adversary` for r, whose generator loss
-    is added with `adversarial_weight`. average: the running average of the student's network.
+    ratio_weight(ln r [B], sigma [B]) -> h(r) [B]: the divergence; None is h = 1, reverse KL. weighting: makes the noise
+    levels alike in size. adversary: estimates r, and gives the adversarial term, which is added with
+    `adversarial_weight`; fake_update then trains its heads too. average: the running average of the student's network.
 
     Cost of an update at batch B with K = fake_steps, in network passes over B samples (a guided target counts 2):
-    forwards: student K (one of them with a graph), target 1, fake 1 + K; backwards: student 1, fake K. The student's
-    batch serves the first fake step as well; only the other K - 1 batches are generated for it, without a graph.
+    forwards: student 1, target 1, fake 1 + K; backwards: student 1, fake K. The student does not move during the fake
+    steps, so its samples serve all of them, noised afresh. What an adversary adds is said in `distill.adversary`; the
+    weights add nothing to it.
     """
 
     student: OneStep
@@ -65,8 +70,9 @@ class Trainer:
     share: Share
     shape: tuple[int, ...]
     conditions: Callable[[SampleNoise, torch.device | str], Any] = lambda noise, device: None
-    divergence: FDivergence = DIVERGENCES["reverse-kl"]
-    adversary: Adversary | None = None
+    ratio_weight: Callable[[Tensor, Tensor], Tensor] | None = None
+    weighting: Weighting = by_distance
+    adversary: Adversary = field(default_factory=ScoreOnly)
     adversarial_weight: float = 0.0
     fake_steps: int = 1
     sigma_data: float = 0.5
@@ -74,17 +80,18 @@ class Trainer:
     device: torch.device | str = "cpu"
 
     def __post_init__(self) -> None:
-        if self.adversary is None and not self.divergence.constant:
-            raise ValueError(f"divergence: {self.divergence.name} needs an adversary to estimate its ratio")
-        if self.adversary is None and self.adversarial_weight:
-            raise ValueError(f"adversarial_weight: {self.adversarial_weight} without an adversary")
+        if isinstance(self.adversary, ScoreOnly) and (self.ratio_weight is not None or self.adversarial_weight):
+            raise ValueError(
+                f"adversary: is none; ratio_weight ({self.ratio_weight}) and adversarial_weight "
+                f"({self.adversarial_weight}) need one that estimates the ratio"
+            )
 
     def step(self, n: int) -> dict[str, Tensor]:
         """Update number n (from 0) of the student, then K of the fake score; returns its metrics, each [].
 
         A function of n and the weights: every random number comes from the streams of the samples.
         """
-        noise = self.share.noise(n * self.fake_steps)
+        noise = self.share.noise(n)
         cond = self.conditions(noise, self.device)
         x = self.student(noise.normal(self.shape, device=self.device), cond)
         sigma = self.student_level(noise.uniform()).to(self.device)
@@ -95,39 +102,34 @@ class Trainer:
         if self.average is not None:
             update_average(*self.average, step=n)
 
-        batches = chain([(x.detach(), cond, noise)], self._fresh_batches(n))
-        for k, (x0, cond_k, noise_k) in enumerate(batches):
-            sigma = self.fake_level(noise_k.uniform()).to(self.device)
-            eps = noise_k.normal(self.shape, device=self.device)
-            fake_loss = denoising_loss(self.fake, x0, sigma, eps, cond_k, self.sigma_data).mean()
-            self.fake_update(fake_loss, n * self.fake_steps + k)
-        return metrics | {"fake_loss": fake_loss.detach()}
+        x0 = x.detach()
+        for k in range(self.fake_steps):
+            sigma = self.fake_level(noise.uniform()).to(self.device)
+            eps = noise.normal(self.shape, device=self.device)
+            denoising = partial(denoising_loss, self.fake, x0, sigma, eps, cond, self.sigma_data)
+            loss, learned = self.adversary.learn(denoising, x0, sigma, cond, noise)
+            self.fake_update(loss, n * self.fake_steps + k)
+        return metrics | learned
 
     def _student_loss(self, x: Tensor, x_sigma: Tensor, sigma: Tensor, cond: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        with torch.no_grad():
-            noised = x_sigma.detach()
-            denoised_fake = self.fake(noised, sigma, cond)
-            denoised_target = self.target(noised, sigma, cond)
-            ratio = self.adversary.ratio(noised, sigma, cond) if self.adversary else x.new_ones(len(x))
-        weight = matching_weight(x, denoised_target, self.divergence.weight(ratio))
+        seen = x_sigma if self.adversarial_weight else x_sigma.detach()
+        denoised_fake, denoised_target, logits = self.adversary.compare(self.fake, self.target, seen, sigma, cond)
+        weight = self.weighting(x.detach(), denoised_target, sigma).to(x)
+        metrics = {"gap": (denoised_fake - denoised_target).square().mean()}
+        if logits is not None:
+            ratio = log_ratio(logits).detach()
+            h = torch.ones_like(ratio) if self.ratio_weight is None else self.ratio_weight(ratio, sigma)
+            weight = weight * h.to(x)
+            metrics |= {"log_ratio": ratio.mean()} | weight_statistics(h)
 
         matching = distribution_matching_loss(x, denoised_fake, denoised_target, weight).mean()
         loss = matching
-        metrics = {"student_loss": matching.detach(), "gap": (denoised_fake - denoised_target).square().mean()}
-        if self.adversary and self.adversarial_weight:
-            adversarial = self.adversary.generator_loss(x_sigma, sigma, cond).mean()
+        metrics["student_loss"] = matching.detach()
+        if self.adversarial_weight and logits is not None:
+            adversarial = adversarial_loss(logits).mean()
             loss = loss + self.adversarial_weight * adversarial
             metrics["adversarial_loss"] = adversarial.detach()
         return loss, metrics
-
-    def _fresh_batches(self, n: int) -> Iterator[tuple[Tensor, Any, SampleNoise]]:
-        """The samples of the fake steps 1 .. K - 1, from the student as it stands."""
-        for k in range(1, self.fake_steps):
-            noise = self.share.noise(n * self.fake_steps + k)
-            cond = self.conditions(noise, self.device)
-            with torch.no_grad():
-                x0 = self.student(noise.normal(self.shape, device=self.device), cond)
-            yield x0, cond, noise
 
 
 def train(stepper: Stepper, steps: int, start: int = 0) -> Iterator[dict[str, Tensor]]:

@@ -79,3 +79,15 @@ def join_conditions(first: Any, second: Any, batch: int) -> Any:
     if type(first) is type(second) and first == second:
         return first
     raise ValueError(f"uncond: {second!r} does not have the form of the condition {first!r}")
+
+
+def repeat_conditions(cond: Any, times: int, batch: int) -> Any:
+    """The condition of a batch as the condition of that batch, repeated: [times * batch, ...]."""
+    joined = cond
+    if isinstance(cond, dict):
+        joined = {key: repeat_conditions(value, times, batch) for key, value in cond.items()}
+    elif isinstance(cond, list | tuple):
+        joined = type(cond)(repeat_conditions(value, times, batch) for value in cond)
+    elif isinstance(cond, Tensor) and cond.ndim and len(cond) == batch:
+        joined = torch.cat([cond] * times)
+    return joined

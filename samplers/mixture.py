@@ -4,6 +4,7 @@ Noise of level sigma turns component N(mu, S) into N(mu, S + sigma^2 I), so the 
 with it the denoiser are exact: D = sum_k w_k(x) [mu_k + S_k (S_k + sigma^2 I)^-1 (x - mu_k)].
 """
 
+import copy
 import math
 from typing import Any
 
@@ -56,6 +57,19 @@ class GaussianMixture:
     def dim(self) -> int:
         return self.means.shape[1]
 
+    @property
+    def standard_deviations(self) -> Tensor:
+        """Of the components, averaged over their directions, [K]."""
+        return self._variances.mean(1).sqrt()
+
+    def to(self, device: torch.device | str) -> "GaussianMixture":
+        """The same mixture on a device."""
+        moved = copy.copy(self)
+        for name in ("means", "log_weights", "_variances", "_basis"):
+            tensor = getattr(self, name)
+            setattr(moved, name, None if tensor is None else tensor.to(device))
+        return moved
+
     def __call__(self, x: Tensor, sigma: Tensor, cond: Any = None) -> Tensor:
         """The posterior mean E[x0 | x], like x."""
         z, noise = self._whitened(x, sigma)
@@ -81,6 +95,10 @@ class GaussianMixture:
         """n independent samples at noise level sigma, [n, d]."""
         component = torch.multinomial(self.log_weights.exp(), n, replacement=True, generator=generator)
         eps = torch.randn((n, self.dim), generator=generator, dtype=self.means.dtype, device=self.means.device)
+        return self.place(component, eps, sigma)
+
+    def place(self, component: Tensor, eps: Tensor, sigma: float = 0.0) -> Tensor:
+        """The points at noise level sigma, [n, d], that normal numbers eps [n, d] are in these components [n]."""
         x = (self._variances[component] + sigma**2).sqrt() * eps
         if self._basis is not None:
             x = torch.einsum("bij,bj->bi", self._basis[component], x)

@@ -20,6 +20,12 @@ def karras_sigma(u: Tensor, sigma_min: float, sigma_max: float, rho: float = 7.0
     return (high + u * (low - high)) ** rho
 
 
+def karras_index(sigma: Tensor, sigma_min: float, sigma_max: float, rho: float = 7.0) -> Tensor:
+    """The position u in the Karras grid of a noise level: the inverse of `karras_sigma`."""
+    high, low = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
+    return (sigma ** (1 / rho) - high) / (low - high)
+
+
 def exponential_sigmas(n: int, sigma_min: float = 0.002, sigma_max: float = 80.0) -> Tensor:
     """n levels evenly spaced in log sigma, then 0: [n + 1]."""
     _check(n, sigma_min, sigma_max)
