@@ -159,7 +159,7 @@ def _means(waiting: list[dict[str, Tensor]], done: int, accelerator: Accelerator
 
 def _check_weights(modules: dict[str, nn.Module], done: int, folder: Path) -> None:
     for name, module in modules.items():
-        parameters = list(module.parameters())
+        parameters: list[Tensor] = list(module.parameters())
         norms = torch.stack(torch._foreach_norm(parameters)) if parameters else torch.zeros(1)
         if not bool(norms.isfinite().all()):
             raise _not_finite(f"a weight of the {name} is not finite", done, folder)
