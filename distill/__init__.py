@@ -1,56 +1,96 @@
 """One-step students of diffusion models.
 
-config       schemas of the experiments (no torch)        cli         the `distill` command
-experiment   a configuration -> the objects it names      run         run folders and the loop that fills them
-teacher      a diffusers folder as a frozen denoiser      pretrain    train a small teacher
-student      x = D(sigma_init z, sigma_init)              data        digits, image folders
-losses       pure functions of tensors and denoisers      divergences f, h(r): one table
-targets      what the student is pulled towards           trainer     the one alternating loop
-noise        samples of a process, noise levels           optim       one network's update
-checkpoint   resumable, safetensors (atomic: whole files) export      students as diffusers folders (card: model cards)
-generate     images from a folder                         pictures    grids and curves
+config       schemas of the experiments (no torch)        cli           the `distill` command (progress: its bar)
+experiment   a configuration -> the objects it names      run           run folders and the loop that fills them
+teacher      a diffusers folder as a frozen denoiser      pretrain      train a small teacher
+subject      what a run distils: a teacher, or a toy      toy           exact mixtures and networks for them
+student      x = D(sigma_init z, sigma_init)              data          digits, image folders
+losses       pure functions of tensors and denoisers      divergences   f, h(r): one table (weights: r -> a batch's h)
+taps         features of a network's encoder, by hooks    discriminator heads on them, whose logit is ln r
+adversary    what a discriminator adds to the trainer     real          its real samples: data, or the teacher's
+targets      what the student is pulled towards           trainer       the one alternating loop
+noise        samples of a process, noise levels           optim         one network's update
+checkpoint   resumable, safetensors (atomic: files)       export        students as diffusers folders (card: their cards)
+generate     images from a folder                         pictures      grids and curves
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from distill.divergences import DIVERGENCES, FDivergence
+    from distill.adversary import Adversary, FakeHeads, TeacherHeads
+    from distill.discriminator import Discriminator, log_ratio
+    from distill.divergences import DIVERGENCES, FDivergence, alpha
     from distill.export import export_student
     from distill.generate import load_generator
-    from distill.losses import denoising_loss, distribution_matching_loss, matching_weight
+    from distill.losses import (
+        adversarial_loss,
+        denoising_loss,
+        difference_penalty,
+        discriminator_loss,
+        distribution_matching_loss,
+        gradient_penalty,
+        level_weight,
+        matching_weight,
+    )
     from distill.student import OneStep
+    from distill.taps import Tap
     from distill.targets import Fixed
     from distill.teacher import Teacher
-    from distill.trainer import Adversary, Trainer, train
+    from distill.trainer import Trainer, train
+    from distill.weights import RatioWeight
 
 _HOME = {
     "DIVERGENCES": "divergences",
-    "Adversary": "trainer",
+    "Adversary": "adversary",
+    "Discriminator": "discriminator",
     "FDivergence": "divergences",
+    "FakeHeads": "adversary",
     "Fixed": "targets",
     "OneStep": "student",
+    "RatioWeight": "weights",
+    "Tap": "taps",
     "Teacher": "teacher",
+    "TeacherHeads": "adversary",
     "Trainer": "trainer",
+    "adversarial_loss": "losses",
+    "alpha": "divergences",
     "denoising_loss": "losses",
+    "difference_penalty": "losses",
+    "discriminator_loss": "losses",
     "distribution_matching_loss": "losses",
     "export_student": "export",
+    "gradient_penalty": "losses",
+    "level_weight": "losses",
     "load_generator": "generate",
+    "log_ratio": "discriminator",
     "matching_weight": "losses",
     "train": "trainer",
 }
 __all__ = [
     "DIVERGENCES",
     "Adversary",
+    "Discriminator",
     "FDivergence",
+    "FakeHeads",
     "Fixed",
     "OneStep",
+    "RatioWeight",
+    "Tap",
     "Teacher",
+    "TeacherHeads",
     "Trainer",
+    "adversarial_loss",
+    "alpha",
     "denoising_loss",
+    "difference_penalty",
+    "discriminator_loss",
     "distribution_matching_loss",
     "export_student",
+    "gradient_penalty",
+    "level_weight",
     "load_generator",
+    "log_ratio",
     "matching_weight",
     "train",
 ]
