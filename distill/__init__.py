@@ -10,7 +10,7 @@ taps         features of a network's encoder, by hooks    discriminator heads on
 adversary    what a discriminator adds to the trainer     real          its real samples: data, or the teacher's
 targets      what the student is pulled towards           trainer       the one alternating loop
 noise        samples of a process, noise levels           optim         one network's update
-checkpoint   resumable, safetensors (atomic: files)       export        students as diffusers folders (card: their cards)
+checkpoint   resumable, safetensors (atomic: files)       export        students as diffusers folders (card: cards)
 generate     images from a folder                         pictures      grids and curves
 """
 

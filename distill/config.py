@@ -73,7 +73,9 @@ class Optimizer(Section):
     lr: Positive = Field(1e-3, description="peak learning rate")
     betas: tuple[Fraction, Fraction] = Field((0.9, 0.99), description="decay of the two moments")
     weight_decay: Scale = Field(0.0, description="decoupled weight decay")
-    schedule: Literal["constant", "cosine"] = Field("cosine", description="after the warm-up")
+    schedule: Literal["constant", "cosine", "drop"] = Field("cosine", description="after the warm-up")
+    drop_at: Fraction = Field(0.75, description="for drop: the share of the steps after which the rate falls, once")
+    drop_to: Positive = Field(0.25, description="for drop: by this factor")
     warmup: Annotated[int, Field(ge=0)] = Field(0, description="steps of linear warm-up")
     clip: Positive | None = Field(None, description="largest norm of the gradient; null is no clipping")
 

@@ -24,11 +24,16 @@ def adamw(
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
-    """The learning rate of update `step` (from 0) of `steps`: a linear warm-up, then constant or half a cosine to 0."""
+    """The learning rate of update `step` (from 0) of `steps`: a linear warm-up, then as the schedule says.
+
+    constant; half a cosine, to 0; or constant with one drop.
+    """
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
     if config.schedule == "constant":
         return config.lr
+    if config.schedule == "drop":
+        return config.lr * (config.drop_to if step >= config.drop_at * steps else 1.0)
     progress = (step - config.warmup) / max(1, steps - config.warmup)
     return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
 

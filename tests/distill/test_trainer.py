@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from distill import DIVERGENCES, FDivergence, Fixed, OneStep, Trainer, train
-from distill.adversary import Comparison
+from distill.adversary import Comparison, FakeHeads, TeacherHeads
+from distill.discriminator import Discriminator
 from distill.divergences import alpha
 from distill.noise import Share
 from distill.optim import Update
+from distill.taps import Tap
 from distill.trainer import by_level
 from distill.weights import RatioWeight
 from samplers import GaussianMixture, Guided, denoiser_from
@@ -307,6 +309,45 @@ def test_an_update_costs_what_the_trainer_says(fake_steps: int, guidance: float)
     assert counts["fake"].plain == [batch] * updates
     assert counts["fake"].graph == [batch] * k * updates
     assert [counts[name].backward for name in ("student", "target", "fake")] == [updates, 0, k * updates]
+
+
+@pytest.mark.parametrize("features", ["teacher", "fake"])
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_the_adversarial_gradient_of_a_real_network_is_that_of_its_logits(features: str, guidance: float) -> None:
+    """At step 0, where fake and teacher agree to rounding, it is all there is; against a pass with the whole graph."""
+    trainer, networks = tiny_trainer(guidance, lr=0.0)
+    denoiser = trainer.target.denoiser.denoiser if guidance != 1 else trainer.target.denoiser  # type: ignore[attr-defined]
+    network = denoiser if features == "teacher" else trainer.fake
+    tap = Tap(network.network)  # type: ignore[union-attr]
+    x, cond = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 3, 5, 9])
+    with torch.no_grad():
+        heads = Discriminator(tap.encode(lambda: network(x, torch.ones(4), cond)))
+    for parameter in heads.parameters():
+        nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(1))
+
+    kept: list[Tensor] = []
+    shared = {"network": network, "tap": tap, "heads": heads, "train_heads": heads, "reals": lambda noise, cond: x}
+    adversary = (
+        TeacherHeads(**shared, level=trainer.student_level) if features == "teacher" else FakeHeads(**shared)  # type: ignore[arg-type]
+    )
+    trainer.adversary, trainer.adversarial_weight = adversary, 0.7
+    trainer.weighting = lambda x, denoised, sigma: kept.append(sigma) or torch.zeros_like(sigma)  # type: ignore[func-returns-value]
+    trainer.step(0)
+    found = [p.grad for p in networks["student"].parameters()]
+
+    noise = trainer.share.noise(0)
+    cond = trainer.conditions(noise, "cpu")
+    x0 = trainer.student(noise.normal((1, 8, 8)), cond)
+    noise.uniform()
+    noised = x0 + kept[0][:, None, None, None].float() * noise.normal((1, 8, 8))
+    with tap.record() as maps:
+        network(noised, kept[0], cond)
+    loss = 0.7 * nn.functional.softplus(-heads(maps)).mean()
+    student = [p for p in networks["student"].parameters() if p.requires_grad]
+    expected = torch.autograd.grad(loss, student, allow_unused=True)
+    found, expected = (torch.cat([g.flatten() for g in gradients if g is not None]) for gradients in (found, expected))
+    assert float(expected.abs().max()) > 1e-6
+    assert relative_error(found, expected) < 1e-4
 
 
 def test_a_step_is_a_function_of_its_number_and_the_weights() -> None:
