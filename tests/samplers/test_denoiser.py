@@ -6,7 +6,7 @@ from diffusers import DDIMScheduler
 from torch import Tensor
 
 from samplers import GaussianMixture, Guided, denoiser_from, euler, karras_sigmas, sample, score
-from samplers.denoiser import expand, join_conditions
+from samplers.denoiser import expand, join_conditions, repeat_conditions
 from tests.samplers.networks import conditional_unet, unet
 from tests.truth import Counted, relative_error
 
@@ -132,3 +132,35 @@ def test_conditions_of_every_form_are_joined_first_then_second() -> None:
 def test_conditions_that_do_not_fit_raise(cond, uncond) -> None:
     with pytest.raises(ValueError, match="cond"):
         join_conditions(cond, uncond, 3)
+
+
+def test_conditions_of_every_form_are_repeated_as_whole_batches() -> None:
+    rows, shared = torch.arange(6).reshape(2, 3), torch.ones(1, 3)
+    cond = {"a": rows, "b": [torch.tensor([4, 9]), 5], "c": ("x", None, rows), "d": torch.tensor(7.0), "e": shared}
+    repeated = repeat_conditions(cond, 3, 2)
+    assert list(repeated) == list(cond)
+    assert torch.equal(repeated["a"], torch.cat([rows, rows, rows]))
+    assert repeated["b"][0].tolist() == [4, 9, 4, 9, 4, 9]
+    assert repeated["b"][1] == 5
+    assert isinstance(repeated["c"], tuple)
+    assert repeated["c"][:2] == ("x", None)
+    assert torch.equal(repeated["c"][2], repeated["a"])
+    assert repeated["d"] is cond["d"]
+    assert repeated["e"] is shared
+    assert repeat_conditions(None, 3, 2) is None
+    assert repeat_conditions(torch.tensor([5]), 2, 1).tolist() == [5, 5]
+    assert torch.equal(repeat_conditions(rows, 1, 2), rows)
+    assert torch.equal(repeat_conditions(rows, 2, 2), join_conditions(rows, rows, 2))
+    assert torch.equal(cond["a"], rows)  # what was given is left alone
+
+
+@pytest.mark.parametrize("form", ["labels", "prompt"])
+def test_a_repeated_batch_is_denoised_as_the_batches_are(form) -> None:
+    network = unet(classes=11) if form == "labels" else conditional_unet()
+    denoiser = denoiser_from(network, DDIMScheduler())
+    x = 5 * noise(6, 3 if form == "labels" else 4, 8, 8)
+    sigma = torch.tensor([0.5, 5.0, 40.0])
+    cond = torch.tensor([1, 4, 7]) if form == "labels" else {"encoder_hidden_states": noise(3, 6, 16)}
+    together = denoiser(x, sigma.repeat(2), repeat_conditions(cond, 2, 3))
+    apart = torch.cat([denoiser(part, sigma, cond) for part in x.chunk(2)])
+    torch.testing.assert_close(together, apart, rtol=1e-10, atol=1e-10)

@@ -243,3 +243,65 @@ def test_a_batch_that_does_not_fit_raises() -> None:
     for call in (mixture, mixture.log_density):
         with pytest.raises(ValueError, match="sigma"):
             call(torch.zeros(2, 3), torch.ones(3))
+
+
+@pytest.mark.parametrize("sigma", [0.0, 0.7])
+@pytest.mark.parametrize("form", FORMS)
+def test_placed_points_have_the_covariance_of_their_component(form, sigma) -> None:
+    """The map from eps is affine: mean plus a root of S_k + sigma^2 I, read off the unit vectors, without sampling."""
+    d = 4
+    weights, means, covariances = parameters(form, d)
+    mixture = GaussianMixture(weights, means, covariances)
+    eye = torch.eye(d, dtype=torch.float64)
+    for k in range(3):
+        component = torch.full((d,), k)
+        center = mixture.place(component, torch.zeros(d, d, dtype=torch.float64), sigma)
+        torch.testing.assert_close(center, means[k].expand(d, d), rtol=0, atol=0)
+        root = mixture.place(component, eye, sigma) - means[k]
+        expected = as_matrices(covariances, d)[k] + sigma**2 * eye
+        torch.testing.assert_close(root.mT @ root, expected, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_row_is_placed_in_its_own_component(form) -> None:
+    mixture = GaussianMixture(*parameters(form, 3))
+    component = torch.tensor([2, 0, 1, 0, 2])
+    eps = torch.randn((5, 3), generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    together = mixture.place(component, eps, 0.3)
+    for row in range(5):
+        alone = mixture.place(component[row : row + 1], eps[row : row + 1], 0.3)
+        torch.testing.assert_close(together[row : row + 1], alone, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_samples_are_placed_normal_numbers(form) -> None:
+    mixture, generator = GaussianMixture(*parameters(form, 3)), torch.Generator().manual_seed(5)
+    component = torch.multinomial(mixture.log_weights.exp(), 7, replacement=True, generator=generator)
+    eps = torch.randn((7, 3), generator=generator, dtype=torch.float64)
+    again = torch.Generator().manual_seed(5)
+    assert torch.equal(mixture.sample(7, 0.4, again), mixture.place(component, eps, 0.4))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_standard_deviations_are_those_of_the_components_averaged_over_directions(form) -> None:
+    d = 5
+    weights, means, covariances = parameters(form, d)
+    trace = as_matrices(covariances, d).diagonal(dim1=1, dim2=2).sum(1)
+    found = GaussianMixture(weights, means, covariances).standard_deviations
+    torch.testing.assert_close(found, (trace / d).sqrt(), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_moved_mixture_is_another_with_every_tensor_there(form) -> None:
+    """The device without memory tells: whatever is left behind cannot be combined with what moved."""
+    mixture = GaussianMixture(*parameters(form, 3))
+    x, sigma = noised(mixture, 1.0), torch.tensor(1.0, dtype=torch.float64)
+    before, same = mixture(x, sigma), mixture.to("cpu")
+    assert same is not mixture
+    assert torch.equal(same(x, sigma), before)
+    moved = mixture.to("meta")
+    assert all(t.device.type == "meta" for t in vars(moved).values() if isinstance(t, Tensor))
+    assert moved(x.to("meta"), sigma.to("meta")).device.type == "meta"
+    assert moved.standard_deviations.device.type == "meta"
+    assert moved.dim == 3
+    assert torch.equal(mixture(x, sigma), before)  # the first stays where it is

@@ -5,6 +5,7 @@ import torch
 from diffusers import EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
 
 from samplers import exponential_sigmas, flow_sigmas, karras_sigmas
+from samplers.schedules import karras_index, karras_sigma
 from tests.truth import relative_error
 
 SCHEDULES = [karras_sigmas, exponential_sigmas, flow_sigmas]
@@ -25,6 +26,28 @@ def test_karras_grid_is_the_published_formula() -> None:
     n, rho = 18, 7
     expected = [(80 ** (1 / rho) + i / (n - 1) * (0.002 ** (1 / rho) - 80 ** (1 / rho))) ** rho for i in range(n)]
     torch.testing.assert_close(karras_sigmas(n)[:-1], torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("rho", [1.0, 3.0, 7.0])
+@pytest.mark.parametrize(("low", "high"), [(0.002, 80.0), (0.02, 20.0)])
+def test_the_index_of_a_level_is_its_position_in_the_karras_grid(rho, low, high) -> None:
+    """The inverse both ways, beyond the ends too; and point i of n has index i / (n - 1)."""
+    u = torch.linspace(-0.01, 1.0, 102, dtype=torch.float64)
+    torch.testing.assert_close(karras_index(karras_sigma(u, low, high, rho), low, high, rho), u, rtol=0, atol=1e-12)
+    sigma = torch.logspace(math.log10(low), math.log10(high), 50, dtype=torch.float64)
+    again = karras_sigma(karras_index(sigma, low, high, rho), low, high, rho)
+    torch.testing.assert_close(again, sigma, rtol=1e-12 * high / low, atol=0)
+    grid = karras_index(karras_sigmas(18, low, high, rho)[:-1], low, high, rho)
+    torch.testing.assert_close(grid, torch.linspace(0, 1, 18, dtype=torch.float64), rtol=0, atol=1e-12)
+
+
+def test_the_index_falls_from_one_at_the_lowest_level_to_zero_at_the_highest() -> None:
+    sigma = torch.tensor([0.002, 0.01, 2.5, 80.0])
+    index = karras_index(sigma, 0.002, 80.0)
+    assert index.dtype == torch.float32
+    assert index[[0, 3]].tolist() == pytest.approx([1, 0], abs=1e-6)
+    root = [s ** (1 / 7) for s in (0.002, 0.01, 2.5, 80.0)]
+    assert index.tolist() == pytest.approx([(root[3] - r) / (root[3] - root[0]) for r in root], abs=1e-6)
 
 
 def test_karras_grid_of_cifar10_has_the_published_levels() -> None:
