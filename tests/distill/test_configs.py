@@ -18,8 +18,9 @@ FILES = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 def parse(*arguments: object) -> Teach | Train:
     command, parsed = _parse([str(a) for a in arguments])
     values = parsed.as_dict()
-    assert {"resume", "config"} <= values.keys()
-    return COMMANDS[command].model_validate({k: v for k, v in values.items() if k not in ("resume", "config")})
+    known = {"resume", "config"} | ({"dry_run"} if command == "train" else set())
+    assert known <= values.keys()
+    return COMMANDS[command].model_validate({k: v for k, v in values.items() if k not in known})
 
 
 def test_there_are_configurations() -> None:

@@ -3,51 +3,15 @@
 import json
 import random
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 
-from distill import checkpoint
-from tests.distill.command import Running, distill
+from tests.distill.command import distill
+from tests.distill.runs import assert_same, kill_somewhere, lines
 from tests.distill.tiny import TEACH, TRAIN, save_teacher, write_config
-
-
-def lines(run: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl without the time, which is not repeated."""
-    return [
-        {k: v for k, v in json.loads(line).items() if k != "seconds"}
-        for line in (run / "metrics.jsonl").read_text().splitlines()
-    ]
-
-
-def assert_same(run: Path, other: Path) -> None:
-    """Weights, optimizers and metrics, bit for bit."""
-    files = [sorted(p.name for p in (r / "checkpoints").iterdir()) for r in (run, other)]
-    assert files[0] == files[1]
-    for a in sorted((run / "checkpoints" / files[0][-1]).glob("*.safetensors")):
-        b = other / "checkpoints" / files[0][-1] / a.name
-        assert a.read_bytes() == b.read_bytes(), a.name
-    assert lines(run) == lines(other)
-    assert not [p for p in run.rglob("*") if p.name.endswith(".tmp")]
-
-
-def kill_somewhere(command: tuple[object, ...], run: Path, place: Path, rng: random.Random, until: int) -> int:
-    """Starts the command and kills it after a random wait past a random step; returns the newest whole checkpoint."""
-    found = checkpoint.newest(run / "checkpoints")
-    begun = int(found.name[5:]) if found else 0
-    running = Running(command, place)
-    step = rng.randint(begun, until)
-    metrics = run / "metrics.jsonl"
-    while running.process.is_alive() and not (metrics.exists() and metrics.read_text().count("\n") >= step):
-        time.sleep(0.001)
-    time.sleep(rng.random() * 0.03)
-    running.kill()
-    assert running.wait().code in (-9, 0)
-    found = checkpoint.newest(run / "checkpoints")
-    return int(found.name[5:]) if found else 0
 
 
 @pytest.mark.parametrize("kind", ["train", "teach"])

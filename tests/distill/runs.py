@@ -1,0 +1,72 @@
+"""What several tests do with runs: launch them on two processes, kill them, compare what they left."""
+
+import json
+import random
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+from distill import checkpoint
+from tests.distill.command import Result, Running, fresh
+
+
+def assert_refused(result: Result, *parts: str) -> None:
+    assert result.code == 2, (result.code, result.err)
+    assert result.err.startswith("distill: error: ")
+    assert result.err.count("\n") == 1, result.err
+    for part in parts:
+        assert part in result.err
+
+
+def entries(folder: Path) -> list[str]:
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*"))
+
+
+def launch(place: Path, *arguments: object) -> str:
+    """`accelerate launch` with two processes on a port that is free; returns both streams."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # With --cpu the launcher starts one process whatever --num_processes says (accelerate 1.15), unless through MPI;
+    # with --multi_gpu it starts two, and the environment keeps them on the CPU.
+    launcher = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2, "--num_machines", 1)
+    more = ("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", port, "-m", "distill.cli")
+    environment = {"PYTHONPATH": str(Path(__file__).parents[2]), "ACCELERATE_USE_CPU": "true"}
+    result = fresh(*launcher, *more, *arguments, cwd=place, timeout=400, **environment)
+    return f"{result.returncode}\n{result.stdout}\n{result.stderr}"
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl without the time, which is not repeated."""
+    return [
+        {k: v for k, v in json.loads(line).items() if k != "seconds"}
+        for line in (run / "metrics.jsonl").read_text().splitlines()
+    ]
+
+
+def assert_same(run: Path, other: Path) -> None:
+    """Weights, optimizers and metrics, bit for bit."""
+    files = [sorted(p.name for p in (r / "checkpoints").iterdir()) for r in (run, other)]
+    assert files[0] == files[1]
+    for a in sorted((run / "checkpoints" / files[0][-1]).glob("*.safetensors")):
+        b = other / "checkpoints" / files[0][-1] / a.name
+        assert a.read_bytes() == b.read_bytes(), a.name
+    assert lines(run) == lines(other)
+    assert not [p for p in run.rglob("*") if p.name.endswith(".tmp")]
+
+
+def kill_somewhere(command: tuple[object, ...], run: Path, place: Path, rng: random.Random, until: int) -> int:
+    """Starts the command and kills it after a random wait past a random step; returns the newest whole checkpoint."""
+    found = checkpoint.newest(run / "checkpoints")
+    begun = int(found.name[5:]) if found else 0
+    running = Running(command, place)
+    step = rng.randint(begun, until)
+    metrics = run / "metrics.jsonl"
+    while running.process.is_alive() and not (metrics.exists() and metrics.read_text().count("\n") >= step):
+        time.sleep(0.001)
+    time.sleep(rng.random() * 0.03)
+    running.kill()
+    assert running.wait().code in (-9, 0)
+    found = checkpoint.newest(run / "checkpoints")
+    return int(found.name[5:]) if found else 0
