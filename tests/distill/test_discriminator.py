@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import softplus
+from torch.nn.functional import silu, softplus
 
 from distill.adversary import DIFFERENCE, FakeHeads, ScoreOnly, TeacherHeads
 from distill.config import Toy
@@ -78,6 +78,17 @@ def test_the_logit_of_tokens_does_not_depend_on_their_order_or_number() -> None:
     turned = tokens[:, :, torch.tensor([3, 5, 0, 1, 4, 2])]
     torch.testing.assert_close(head(turned), head(tokens), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(head(torch.cat([tokens, tokens], 2)), head(tokens), rtol=1e-12, atol=1e-12)
+
+
+def test_tokens_are_averaged_after_a_layer_that_reads_each() -> None:
+    head, tokens = opinionated(Head(torch.zeros(1, 8, 4)).double()), normal(2, 8, 6)
+    each, norm, *_, layer, _, last = head.layers
+    hidden = torch.einsum("oc,bcn->bon", each.weight[:, :, 0], tokens) + each.bias[:, None]
+    spread = (hidden - hidden.mean(2, keepdim=True)) / (hidden.var(2, correction=0, keepdim=True) + norm.eps).sqrt()
+    assert norm.num_groups == 8  # so that every channel is normalised over its tokens
+    mean = silu(spread * norm.weight[:, None] + norm.bias[:, None]).mean(2)
+    expected = silu(mean @ layer.weight.mT + layer.bias) @ last.weight[0] + last.bias
+    torch.testing.assert_close(head(tokens), expected, rtol=1e-10, atol=1e-10)
 
 
 def test_features_of_another_form_are_refused_by_their_shape() -> None:
@@ -311,16 +322,19 @@ def test_the_logits_of_compare_have_gradients_to_the_samples_only(place: str) ->
 
 @PLACES
 def test_compare_needs_no_pass_of_its_own(place: str) -> None:
-    """One forward of each network; the backward goes through the encoder that is read, not its decoder."""
-    parts, ran, back = Parts(place), [], []
+    """One forward of each network; no graph but through the encoder that is read."""
+    parts, ran, back, graphs = Parts(place), [], [], set()
     for name, denoiser in (("fake", parts.fake), ("teacher", parts.teacher)):
         network = denoiser.network
         network.register_forward_hook(lambda m, args, out, name=name: ran.append((name, len(args[0]))))
         for part in ("down_blocks.0.resnets.0.conv1", "up_blocks.1.resnets.0.conv1", "conv_out"):
-            network.get_submodule(part).register_full_backward_hook(lambda m, a, b, key=(name, part): back.append(key))
+            layer, key = network.get_submodule(part), (name, part)
+            layer.register_full_backward_hook(lambda m, a, b, key=key: back.append(key))
+            layer.register_forward_hook(lambda m, a, out, key=key: graphs.add(key) if out.requires_grad else None)
     x = normal(3, 1, 8, 8).requires_grad_()
     logits = parts.adversary.compare(parts.fake, parts.teacher, x, SIGMA, LABELS).logits
     assert sorted(ran) == [("fake", 3), ("teacher", 3)]
+    assert graphs == {(place, "down_blocks.0.resnets.0.conv1")}
     logits.sum().backward()
     assert back == [(place, "down_blocks.0.resnets.0.conv1")]
 
