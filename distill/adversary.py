@@ -136,9 +136,9 @@ class TeacherHeads(_Heads):
     def compare(self, fake: Denoiser, target: Denoiser, x: Tensor, sigma: Tensor, cond: Any) -> Comparison:
         with torch.no_grad():
             denoised_fake = fake(x, sigma, cond)
-        with frozen(self.heads), self.tap.record(end="graph") as features:
-            denoised_target = target(x, sigma, cond)
-        with frozen(self.heads):
+        with frozen(self.network, self.heads):
+            with self.tap.record(end="graph") as features:
+                denoised_target = target(x, sigma, cond)
             return Comparison(denoised_fake, denoised_target.detach(), self._read(features, len(x)))
 
     def learn(
@@ -147,7 +147,8 @@ class TeacherHeads(_Heads):
         fake_loss = denoising().mean()
         sigma = self.level(noise.uniform()).to(x0.device)
         x = x0 + expand(sigma, x0) * noise.normal(x0.shape[1:], x0.dtype, x0.device)
-        loss, metrics = self._discrimination(x, sigma, cond, noise, graph=False)
+        with frozen(self.network):
+            loss, metrics = self._discrimination(x, sigma, cond, noise, graph=False)
         return fake_loss + self.weight * loss, {"fake_loss": fake_loss.detach()} | metrics
 
 

@@ -52,8 +52,8 @@ def student_card(config: Train, classes: list[str]) -> str:
         _HEADER.format(task=_task(classes))
         + f"""# A one-step student
 
-Distilled by distribution matching ({config.divergence.name}, target: {config.target.name}) in {config.steps} updates of
-{config.batch_size} samples. One evaluation of the network makes an image from noise:
+Distilled by distribution matching in {config.steps} updates of {config.batch_size} samples.
+Divergence: {_divergence(config)}; target: {config.target.name}. One evaluation makes an image from noise:
 
 ```python
 from diffusers import ConsistencyModelPipeline
@@ -67,3 +67,11 @@ sigma_max = {config.student.sigma_init} (the student's sigma_init) returns D(sig
 `clip_denoised` is off. More steps mean nothing: the student was trained at this noise level only.
 {named}"""
     )
+
+
+def _divergence(config: Train) -> str:
+    choice = config.divergence
+    name = choice.name if choice.exponent is None else f"{choice.name}({choice.exponent:g})"
+    if not config.adversarial_weight:
+        return name
+    return f"{name}, with an adversarial term of weight {config.adversarial_weight:g}"

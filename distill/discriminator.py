@@ -18,8 +18,9 @@ _SMALL = 4  # height and width from which a map is read as a whole
 class Head(nn.Module):
     """Features [B, C, ...] -> one logit [B].
 
-    Maps [B, C, H, W] are halved by convolutions down to 4 pixels and read whole; tokens [B, C, N] are read one by one
-    and averaged; vectors [B, C] pass through a layer. `example` is a batch of features of the size to come.
+    Maps [B, C, H, W] are halved by convolutions down to 4 pixels and read whole; tokens [B, C, N] pass through a layer,
+    normalised over all of them, and are averaged; vectors [B, C] pass through a layer. `example` is a batch of features
+    of the size to come.
     """
 
     def __init__(self, example: Tensor) -> None:

@@ -108,7 +108,7 @@ def train(config: schemas.Train, resume: bool, progress: Progress) -> Path:
         accelerator, subject.student, config.student.optimizer, config.steps, schedule=student_rate
     )
     fake_steps = config.steps * config.fake.steps
-    trained_heads = heads and accelerator.prepare(heads.to(device))
+    trained_heads = None if heads is None else accelerator.prepare(heads)
     fake_denoiser, fake_update = _prepare(
         accelerator, subject.fake, config.fake.optimizer, fake_steps, heads=trained_heads, lr=config.discriminator.lr
     )
@@ -169,6 +169,8 @@ def plan(config: schemas.Train) -> list[str]:
     device = torch.device("cpu")
     subject, low, high = _checked_subject(config, device)
     heads = _heads(config, subject, device)
+    if config.real.name == "data":
+        _reals(config, subject, Accelerator())
     lines.append(f"samples of shape {list(subject.shape)}, noise levels {low:.6g} .. {high:.6g}")
     for name, network in (("student", subject.student), ("fake", subject.fake), ("discriminator", heads)):
         if network is not None:
@@ -221,6 +223,11 @@ def _heads(config: schemas.Train, subject: Subject, device: torch.device) -> Dis
     x, sigma = torch.zeros(1, *subject.shape, device=where), torch.full((1,), network.sigma_max, device=where)
     with torch.no_grad():
         features = tap.encode(lambda: network(x, sigma, cond))
+    if any(len(maps) != 1 for maps in features):
+        raise ValueError(
+            f"discriminator: the features of a {type(network.network).__name__} have {len(features[0])} rows a sample; "
+            "read are networks with one (images, not the frames of a video)"
+        )
     torch.manual_seed(config.seed)
     return Discriminator(features).to(device)
 

@@ -53,13 +53,18 @@ def save_points(points: Tensor, reference: Tensor, path: Path) -> None:
 
 
 def save_curves(metrics_file: Path, path: Path) -> None:
-    """Draws every metric of a metrics.jsonl against the step, one panel each, as one PNG."""
+    """Draws every metric of a metrics.jsonl against the step, one panel each, four to a row, as one PNG."""
     from matplotlib.figure import Figure
 
     lines = [json.loads(line) for line in metrics_file.read_text().splitlines()]
     names = [name for name in lines[0] if name not in ("step", "seconds")]
-    figure = Figure(figsize=(4.5 * len(names), 3.2), layout="constrained")
-    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+    columns = min(4, len(names))
+    rows = math.ceil(len(names) / columns)
+    figure = Figure(figsize=(4.5 * columns, 3.2 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axes in panels[len(names) :]:
+        axes.set_axis_off()
+    for axes, name in zip(panels, names, strict=False):
         values = [line[name] for line in lines]
         axes.plot([line["step"] for line in lines], values, linewidth=1)
         axes.set_title(name.replace("_", " "))

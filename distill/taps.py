@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 _BLOCKS = ("joint_transformer_blocks", "transformer_blocks", "blocks")  # then perhaps single_transformer_blocks
-Read = Callable[[Any, Tensor | None], Tensor]  # (output, hidden states that went in) -> features [B, C, ...]
+_IMAGE_FIRST = ("CogV", "ConsisID", "Glm", "HiDream", "Hunyuan", "Mochi")  # blocks that return (image, text)
+# (block, output, hidden states that went in, image tokens of the last joint block) -> features [B, C, ...]
+Read = Callable[[nn.Module, Any, Tensor | None, int | None], Tensor]
 
 
 class _Stop(Exception):
@@ -22,15 +24,16 @@ class _Stop(Exception):
 class Tap:
     """Where to read the features [B, C, ...] of a network.
 
-    UNets (`down_blocks`, `mid_block`): level k is resolution k, before it is halved, and the last level the bottleneck
-    (the middle block, at the lowest resolution). levels: None is all of them. Features are maps [B, C, H, W].
+    UNets (`down_blocks`, `mid_block`): level k is resolution k, before it is halved where the block tells (those of
+    UNet1DModel do not), and the last level the bottleneck (the middle block, at the lowest resolution). levels: None
+    is all of them. Features are maps [B, C, H, W].
     Transformers (lists of blocks): level k is the output of block k; None is those at a quarter and a half of the
     depth. Features are the image's tokens [B, C, N]. Negative levels count from the end.
     Raises ValueError for a network of neither form, naming it, and for levels that it does not have.
     """
 
     def __init__(self, network: nn.Module, levels: Sequence[int] | None = None) -> None:
-        layers, chosen = _layers(network)
+        layers, chosen, self._joint = _layers(network)
         if levels is not None:
             wrong = [level for level in levels if not -len(layers) <= level < len(layers)]
             if wrong or not levels:
@@ -52,19 +55,25 @@ class Tap:
         network is left there, and so is the block; None: the call goes on as it would.
         """
         features: list[Tensor] = []
+        image_tokens: list[int] = []
         grad = torch.is_grad_enabled()
 
+        def count(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            image_tokens.append(_image(layer, output, _went_in(args, kwargs)).shape[1])
+
         def hook(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            assert len(features) < len(self._layers), "one call of the network is recorded"
             module, read = self._layers[len(features)]
             assert layer is module, "the tapped layers run once each, in their order"
-            features.append(read(output, kwargs.get("hidden_states", args[0] if args else None)))
+            features.append(read(layer, output, _went_in(args, kwargs), image_tokens[0] if image_tokens else None))
             if len(features) == len(self._layers):
                 if end == "call":
                     raise _Stop
                 if end == "graph":
                     torch.set_grad_enabled(False)
 
-        handles = [module.register_forward_hook(hook, with_kwargs=True) for module, _ in self._layers]
+        handles = [] if self._joint is None else [self._joint.register_forward_hook(count, with_kwargs=True)]
+        handles += [module.register_forward_hook(hook, with_kwargs=True) for module, _ in self._layers]
         try:
             yield features
         except _Stop:
@@ -81,42 +90,61 @@ class Tap:
         return features
 
 
-def _layers(network: nn.Module) -> tuple[list[tuple[nn.Module, Read]], list[int]]:
-    """All layers that can be read, in the order in which they run, and those that are read if nobody says."""
+Layers = list[tuple[nn.Module, Read]]
+
+
+def _layers(network: nn.Module) -> tuple[Layers, list[int], nn.Module | None]:
+    """All layers that can be read, in the order in which they run; those that are read if nobody says; and the last
+    block that keeps image and text apart, where others follow."""
     down = getattr(network, "down_blocks", None)
-    if isinstance(down, nn.ModuleList) and len(down):
-        layers: list[tuple[nn.Module, Read]] = [(block, _before_halving(block)) for block in down]
+    if isinstance(down, nn.ModuleList) and len(down) and not isinstance(down[0], nn.ModuleList):
+        layers: Layers = [(block, _before_halving) for block in down]
         middle = getattr(network, "mid_block", None)
         if middle is not None:
-            layers[-1:] = [(middle, lambda output, _: output)]  # at the resolution of the last down block
-        return layers, list(range(len(layers)))
+            layers[-1:] = [(middle, lambda _, output, *__: output)]  # at the resolution of the last down block
+        return layers, list(range(len(layers))), None
     for name in _BLOCKS:
         blocks = getattr(network, name, None)
-        if isinstance(blocks, nn.ModuleList) and len(blocks):
-            both = [*blocks, *getattr(network, "single_transformer_blocks", [])]
-            depth = len(both)
-            return [(block, _tokens) for block in both], sorted({(depth - 1) // 4, (depth - 1) // 2})
+        if isinstance(blocks, nn.ModuleList) and len(blocks) and not isinstance(blocks[0], nn.ModuleList):
+            single = list(getattr(network, "single_transformer_blocks", []))
+            depth = len(blocks) + len(single)
+            every: Layers = [(block, _tokens) for block in (*blocks, *single)]
+            return every, sorted({(depth - 1) // 4, (depth - 1) // 2}), blocks[-1] if single else None
     raise ValueError(
         f"discriminator: a {type(network).__name__} has no layers that are known here; known are UNets (down_blocks, "
         f"mid_block) and transformers ({', '.join(_BLOCKS)})"
     )
 
 
-def _before_halving(block: nn.Module) -> Read:
-    """A down block returns its output and every state on the way; the last but one is the deepest before halving."""
-    halves = bool(getattr(block, "downsamplers", None))
-
-    def read(output: Any, _: Tensor | None) -> Tensor:
-        hidden, states = output[:2]
-        return states[-2] if halves else hidden
-
-    return read
+def _went_in(args: Any, kwargs: Any) -> Tensor | None:
+    """The hidden states that a block was given."""
+    return kwargs.get("hidden_states", args[0] if args else None)
 
 
-def _tokens(output: Any, hidden: Tensor | None) -> Tensor:
-    """The image's tokens [B, C, N] of a block's output: where that is a tuple, what has the shape that went in."""
-    if not isinstance(output, Tensor):
-        tensors = [part for part in output if isinstance(part, Tensor)]
-        alike = [part for part in tensors if hidden is not None and part.shape == hidden.shape]
-        output = (alike or tensors)[-1]
-    return output.transpose(1, 2) if output.ndim == 3 else output  # a vector [B, C] has no tokens
+def _before_halving(block: nn.Module, output: Any, *_: Any) -> Tensor:
+    """A down block returns its output and the states on the way: the deepest before halving."""
+    if not isinstance(output, tuple):
+        raise ValueError(f"discriminator: a {type(block).__name__} returns no states to read its resolution from")
+    hidden, states = output[:2]
+    if not getattr(block, "downsamplers", None):
+        return hidden
+    return states[-2] if states[-1] is hidden else states[-1]  # some list the halved one, some do not
+
+
+def _tokens(block: nn.Module, output: Any, hidden: Tensor | None, image_tokens: int | None) -> Tensor:
+    """The image's tokens [B, C, N] of a block's output; where they are joined to the text's, they come last."""
+    tokens = _image(block, output, hidden)
+    if tokens.ndim != 3:
+        return tokens  # a vector [B, C] has no tokens
+    if isinstance(output, Tensor) and image_tokens is not None:
+        tokens = tokens[:, -image_tokens:]
+    return tokens.transpose(1, 2)
+
+
+def _image(block: nn.Module, output: Any, hidden: Tensor | None) -> Tensor:
+    """Of a tuple, what has the shape of the hidden states that went in; if image and text do, by the block's order."""
+    if isinstance(output, Tensor):
+        return output
+    tensors = [part for part in output if isinstance(part, Tensor)]
+    alike = [part for part in tensors if hidden is not None and part.shape == hidden.shape] or tensors
+    return alike[0 if type(block).__name__.startswith(_IMAGE_FIRST) else -1]

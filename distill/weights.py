@@ -65,7 +65,9 @@ class RatioWeight(nn.Module):
         bins = (self._index(sigma.to(r.device)) * n).long().clamp(0, n - 1)
         sums = self.means.new_zeros(2, n).index_add_(1, bins, torch.stack([r, torch.ones_like(r)]).to(self.means))
         sums, counts = self._total(sums)
-        mean = torch.lerp(sums / counts.clamp_min(1), self.means, self.decay)
+        mean = sums / counts.clamp_min(1)
+        if self.decay:
+            mean = torch.lerp(mean, self.means, self.decay)
         self.means.copy_(torch.where(counts > 0, mean, self.means))
         return r / self.means[bins].to(r)
 

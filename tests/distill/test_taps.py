@@ -630,7 +630,6 @@ def upscaler(layers: int) -> Case:
     return Case(network, normal(BATCH, 8, 16, 16), {"encoder_hidden_states": text()}, sources, shapes, DECODER)
 
 
-@pytest.mark.xfail(strict=True, reason="a block whose states lack the halved one is read a residual block too early")
 @pytest.mark.parametrize("layers", [1, 2])
 def test_blocks_that_keep_their_halved_state_to_themselves(layers: int) -> None:
     torch.manual_seed(0)
@@ -638,14 +637,12 @@ def test_blocks_that_keep_their_halved_state_to_themselves(layers: int) -> None:
     equal(Tap(case.network).encode(case), case.found())
 
 
-@pytest.mark.xfail(strict=True, reason="told apart by shape only, and then the last is taken")
 def test_text_of_the_length_of_the_image_is_told_apart_where_the_image_comes_first() -> None:
     torch.manual_seed(0)
     case = cogview4(16)
     equal(Tap(case.network).encode(case), case.found())
 
 
-@pytest.mark.xfail(strict=True, reason="AuraFlow's single blocks carry text, registers and image in one sequence")
 def test_the_tokens_of_a_block_that_carries_text_as_well_are_the_images() -> None:
     torch.manual_seed(0)
     network = diffusers.AuraFlowTransformer2DModel(
@@ -663,7 +660,6 @@ def test_the_tokens_of_a_block_that_carries_text_as_well_are_the_images() -> Non
     assert [f.shape[2] for f in Tap(network, range(4)).encode(case)] == [16] * 4
 
 
-@pytest.mark.xfail(strict=True, reason="its down_blocks are lists, which never run: no features, and no word")
 def test_a_unet_whose_down_blocks_are_no_blocks_is_refused() -> None:
     network = diffusers.StableCascadeUNet(
         in_channels=4,

@@ -1,0 +1,140 @@
+"""Benchmarks on the digits, through the commands that users run: the demo's student, and the divergences compared.
+
+Finished parts are kept in a folder and not made again. Times are of one process beside whatever else runs.
+"""
+
+import json
+import math
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from tools.bench_toys import COMPARED
+
+BARS = {  # of the foundation: the student against its teacher
+    "fd": ("FD, ratio to the teacher's", "at most", 1.25),
+    "pixel_fd": ("pixel FD, ratio", "at most", 1.75),
+    "recall": ("recall, ratio", "at least", 0.9),
+    "class_entropy": ("class entropy", "at least", 0.98),
+}
+METRICS = ("fd", "pixel_fd", "precision", "recall", "class_entropy", "class_accuracy")
+ADVERSARIAL_WEIGHT = 0.03
+
+
+def timed(folder: Path, name: str, *command: str) -> float:
+    """Runs a module of this project once, and returns the seconds it took; they are kept in folder/NAME.seconds."""
+    record = folder / f"{name}.seconds"
+    if not record.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        started = time.monotonic()
+        subprocess.run([sys.executable, "-m", *command], check=True, stdout=sys.stderr)
+        record.write_text(str(time.monotonic() - started))
+    return float(record.read_text())
+
+
+def teacher(folder: Path, seed: int) -> float:
+    """Trains the teacher of a seed, FOLDER/seed-SEED/teacher, and returns the seconds that took."""
+    own = folder / f"seed-{seed}"
+    command = ("distill.cli", "teach", "--config", "configs/digits-teacher.yaml", f"--seed={seed}")
+    return timed(own, "teacher", *command, f"--run={own}/teacher", "--resume")
+
+
+def summaries(file: Path) -> dict[str, Any]:
+    """The entries of a file of scores, by name."""
+    return {entry["name"]: entry for entry in json.loads(file.read_text())["entries"]}
+
+
+def digits(folder: Path, seed: int, config: str) -> dict[str, Any]:
+    """Trains a teacher and its student, scores both, and returns their entries and the seconds each part took."""
+    own = folder / f"seed-{seed}"
+    seconds = {"teacher": teacher(folder, seed)}
+    command = ("distill.cli", "train", "--config", config, f"--seed={seed}", f"--teacher.path={own}/teacher")
+    seconds["student"] = timed(own, "student", *command, f"--run={own}/student", "--resume")
+    scored = (f"teacher={own}/teacher", f"student={own}/student", "--out", f"{own}/scores.json")
+    timed(own, "scores", "tools.fid", "score", *scored)
+    return summaries(own / "scores.json") | {"seconds": seconds}
+
+
+def digits_table(seeds: list[int], results: list[dict[str, Any]]) -> str:
+    """A row for every network and seed, then every bar with its mean over the seeds and its worst seed."""
+    lines = [
+        "| seed | network | " + " | ".join(METRICS) + " | NFE | images/s | training, s |",
+        "|--:|:--|" + "--:|" * (len(METRICS) + 3),
+    ]
+    for seed, result in zip(seeds, results, strict=True):
+        for name in ("teacher", "student"):
+            entry = result[name]
+            numbers = [entry["summary"][metric] for metric in METRICS]
+            cells = " | ".join(f"{value['mean']:.3f} ± {value['std']:.3f}" for value in numbers)
+            speed = statistics.fmean(entry["images_per_second"])
+            lines.append(
+                f"| {seed} | {name} | {cells} | {entry['nfe']} | {speed:.0f} | {result['seconds'][name]:.0f} |"
+            )
+    lines += ["", "| bar | mean over seeds | worst seed | bar | met |", "|:--|--:|--:|--:|:--|"]
+    for metric, (title, direction, bar) in BARS.items():
+        student = [result["student"]["summary"][metric]["mean"] for result in results]
+        taught = [result["teacher"]["summary"][metric]["mean"] for result in results]
+        relative = metric != "class_entropy"
+        values = [s / t if relative else s for s, t in zip(student, taught, strict=True)]
+        worst = max(values) if direction == "at most" else min(values)
+        met = worst <= bar if direction == "at most" else worst >= bar
+        lines.append(
+            f"| {title} | {statistics.fmean(values):.3f} | {worst:.3f} | {direction} {bar} | {'yes' if met else 'no'} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def compare(folder: Path, seeds: Iterable[int], jobs: int = 1, steps: int = 300) -> str:
+    """Every divergence with and without the adversarial term: a student of each seed's own teacher and noise.
+
+    All arms train the same discriminator for as many updates; reverse KL without the term makes no use of it.
+    """
+    arms = list(product(COMPARED, (False, True)))
+    seeds = list(seeds)
+
+    def make(seed: int) -> dict[str, Any]:
+        teacher(folder, seed)
+        own = folder / f"seed-{seed}"
+        for divergence, adversarial in arms:
+            name = arm_name(divergence, adversarial)
+            command = ["distill.cli", "train", "--config", "configs/digits-f-distill.yaml", f"--seed={seed}"]
+            command += [f"--teacher.path={own}/teacher", f"--run={own}/compare/{name}", f"--steps={steps}", "--resume"]
+            command += [f"--divergence.name={divergence}", f"--adversarial_weight={ADVERSARIAL_WEIGHT * adversarial}"]
+            timed(own / "compare", name, *command, f"--logging.sample_every={steps}")
+        scored = [f"{arm_name(*arm)}={own}/compare/{arm_name(*arm)}" for arm in arms]
+        timed(own / "compare", "scores", "tools.fid", "score", *scored, "--out", f"{own}/compare/scores.json")
+        seconds = {arm_name(*arm): float((own / "compare" / f"{arm_name(*arm)}.seconds").read_text()) for arm in arms}
+        return summaries(own / "compare/scores.json") | {"seconds": seconds}
+
+    with ThreadPoolExecutor(jobs) as pool:
+        return compare_table(list(pool.map(make, seeds)))
+
+
+def arm_name(divergence: str, adversarial: bool) -> str:
+    return f"{divergence}-adversarial" if adversarial else divergence
+
+
+def compare_table(results: list[dict[str, Any]]) -> str:
+    """Means over the seeds, and the difference from the control on the same seed, with its standard error."""
+    shown = ("fd", "pixel_fd", "precision", "recall")
+    lines = [
+        "| divergence | adversarial | " + " | ".join(f"{m} | minus control" for m in shown) + " | s |",
+        "|:--|:--|" + "--:|" * (2 * len(shown) + 1),
+    ]
+    for adversarial, divergence in product((False, True), COMPARED):
+        name, cells = arm_name(divergence, adversarial), []
+        for metric in shown:
+            values = [result[name]["summary"][metric]["mean"] for result in results]
+            control = [result["reverse-kl"]["summary"][metric]["mean"] for result in results]
+            differences = [a - b for a, b in zip(values, control, strict=True)]
+            error = statistics.stdev(differences) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+            cells += [f"{statistics.fmean(values):.3f}", f"{statistics.fmean(differences):+.3f} ± {error:.3f}"]
+        seconds = statistics.fmean(result["seconds"][name] for result in results)
+        lines.append(f"| {divergence} | {'yes' if adversarial else 'no'} | {' | '.join(cells)} | {seconds:.0f} |")
+    return "\n".join(lines) + "\n"
