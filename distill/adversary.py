@@ -12,9 +12,10 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import softplus
 
 from distill.discriminator import Discriminator, frozen
-from distill.losses import difference_penalty, discriminator_loss, gradient_penalty
+from distill.losses import adversarial_loss, difference_penalty, discriminator_loss, gradient_penalty
 from distill.taps import Tap
 from samplers import Denoiser, SampleNoise
 from samplers.denoiser import expand, repeat_conditions
@@ -23,27 +24,40 @@ DIFFERENCE = 0.1  # the step of the finite-difference form of R1, in units of th
 
 
 class Comparison(NamedTuple):
-    """Both predictions at a noised sample, like x, without a graph; logits [B, heads], or None, with one to x."""
+    """What is seen at a noised sample; nothing has a graph.
+
+    denoised_fake, denoised_target: both predictions, like x. logits [B, heads]: None without a discriminator. pull:
+    the gradient of each sample's `adversarial_loss` in x, like x, if it was asked for.
+    """
 
     denoised_fake: Tensor
     denoised_target: Tensor
-    logits: Tensor | None
+    logits: Tensor | None = None
+    pull: Tensor | None = None
 
 
 class Adversary(Protocol):
     """Compares noised samples of the student with those of the target, at the same noise level."""
 
-    def compare(self, fake: Denoiser, target: Denoiser, x: Tensor, sigma: Tensor, cond: Any) -> Comparison:
-        """At x [B, ...] and sigma [B]. If x has a graph, the logits have one to x, and to nothing else."""
+    def compare(
+        self, fake: Denoiser, target: Denoiser, x: Tensor, sigma: Tensor, cond: Any, adversarial: bool
+    ) -> Comparison:
+        """At x [B, ...] and sigma [B]; with the pull if `adversarial`."""
         ...
 
     def learn(
-        self, denoising: Callable[[], Tensor], x0: Tensor, sigma: Tensor, cond: Any, noise: SampleNoise
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """What a step of the fake score minimises, [], and its metrics, each [].
+        self,
+        denoising: Callable[[], Tensor],
+        x0: Tensor,
+        sigma: Tensor,
+        cond: Any,
+        noise: SampleNoise,
+        metrics: dict[str, Tensor],
+    ) -> Iterator[Tensor]:
+        """The losses, each [], that a step of the fake score minimises together; one graph lives at a time.
 
         denoising(): the denoising loss [B] of the fake score on the student's samples x0 [B, ...] at sigma [B].
-        noise: continues the streams of the samples.
+        noise: continues the streams of the samples. metrics: is filled, each [].
         """
         ...
 
@@ -52,14 +66,23 @@ class ScoreOnly:
     """No discriminator: the fake score alone follows the student."""
 
     @torch.no_grad()
-    def compare(self, fake: Denoiser, target: Denoiser, x: Tensor, sigma: Tensor, cond: Any) -> Comparison:
-        return Comparison(fake(x, sigma, cond), target(x, sigma, cond), None)
+    def compare(
+        self, fake: Denoiser, target: Denoiser, x: Tensor, sigma: Tensor, cond: Any, adversarial: bool = False
+    ) -> Comparison:
+        return Comparison(fake(x, sigma, cond), target(x, sigma, cond))
 
     def learn(
-        self, denoising: Callable[[], Tensor], x0: Tensor, sigma: Tensor, cond: Any, noise: SampleNoise
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+        self,
+        denoising: Callable[[], Tensor],
+        x0: Tensor,
+        sigma: Tensor,
+        cond: Any,
+        noise: SampleNoise,
+        metrics: dict[str, Tensor],
+    ) -> Iterator[Tensor]:
         loss = denoising().mean()
-        return loss, {"fake_loss": loss.detach()}
+        metrics["fake_loss"] = loss.detach()
+        yield loss
 
 
 @dataclass(kw_only=True)
@@ -81,45 +104,56 @@ class _Heads:
     r1: float = 0.0
     r1_exact: bool = True
 
-    def _read(self, features: Sequence[Tensor], rows: int) -> Tensor:
-        """Logits of the first `rows` rows: of a guided pass, those with the condition."""
-        return self.heads([f[:rows] for f in features])
+    def _judge(
+        self, denoiser: Denoiser, x: Tensor, sigma: Tensor, cond: Any, adversarial: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """A prediction by `denoiser`, whose pass runs `network`, with the logits and the pull of the same pass.
 
-    def _discrimination(
-        self, fake: Tensor | list[Tensor], sigma: Tensor, cond: Any, noise: SampleNoise, graph: bool
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The discriminator's loss, [], and its metrics, for the student's samples noised to sigma [B].
-
-        fake: those, [B, ...], or the features of their pass. Whatever is not known yet is encoded in one batch, with a
-        graph through the encoder if `graph`.
+        Of a guided pass the first rows are read, those with the condition. The pull is taken when the encoder has run,
+        so that its graph, which keeps only what each block was given, is gone before the decoder runs.
         """
+        x = x.detach().requires_grad_(adversarial)
+        found: list[Tensor] = []
+
+        def end(features: list[Tensor]) -> None:
+            logits = self.heads([f[: len(x)] for f in features])
+            found.append(logits.detach())
+            if adversarial:
+                found.extend(torch.autograd.grad(adversarial_loss(logits).sum(), x))
+
+        with (
+            frozen(self.network, self.heads),
+            _checkpointed(self.network, adversarial),
+            torch.set_grad_enabled(adversarial),
+            self.tap.record(end=end),
+        ):
+            denoised = denoiser(x, sigma, cond)
+        return denoised.detach(), found[0], found[1] if adversarial else None
+
+    def _real(self, sigma: Tensor, cond: Any, noise: SampleNoise) -> list[Tensor]:
+        """Real samples noised to sigma [B]; where R1 is a difference, the same ones moved as well."""
         x0 = self.reals(noise, cond)
         real = x0 + expand(sigma, x0) * noise.normal(x0.shape[1:], x0.dtype, x0.device)
-        batches = [real] if isinstance(fake, list) else [fake, real]
-        exact = bool(self.r1) and self.r1_exact
-        if exact:
-            real.requires_grad_(True)
-        elif self.r1:
-            batches.append(real + DIFFERENCE * noise.normal(x0.shape[1:], x0.dtype, x0.device))
+        if not self.r1:
+            return [real]
+        if self.r1_exact:
+            return [real.requires_grad_(True)]
+        return [real, real + DIFFERENCE * noise.normal(x0.shape[1:], x0.dtype, x0.device)]
 
+    def _encode(self, batches: list[Tensor], sigma: Tensor, cond: Any) -> list[Tensor]:
+        """The features of several batches of the same levels and conditions, in one pass."""
         n = len(batches)
-        inputs = (torch.cat(batches), sigma.repeat(n), repeat_conditions(cond, n, len(real)))
-        with torch.set_grad_enabled(graph or exact), _twice_differentiable(exact):
-            features = self.tap.encode(lambda: self.network(*inputs))
-            if isinstance(fake, list):
-                features = [torch.cat(pair) for pair in zip(fake, features, strict=True)]
-            with torch.enable_grad():
-                logits = self.train_heads(features)
-        of_fake, of_real, *of_moved = logits.split(len(real))
-        loss = discriminator_loss(of_real, of_fake).mean()
-        metrics = {"discriminator_loss": loss.detach()}
-        if self.r1:
-            penalty = (
-                gradient_penalty(of_real, real) if exact else difference_penalty(of_real, of_moved[0], DIFFERENCE)
-            ).mean()
-            loss = loss + 0.5 * self.r1 * penalty
-            metrics["gradient_penalty"] = penalty.detach()
-        return loss, metrics
+        inputs = torch.cat(batches), sigma.repeat(n), repeat_conditions(cond, n, len(batches[0]))
+        with _twice_differentiable(bool(self.r1) and self.r1_exact):
+            return self.tap.encode(lambda: self.network(*inputs))
+
+    def _penalty(self, real: Tensor, of_real: Tensor, of_moved: Sequence[Tensor]) -> Tensor:
+        """gamma / 2 |grad ln r|^2, []."""
+        if self.r1_exact:
+            squared = gradient_penalty(of_real, real)
+        else:
+            squared = difference_penalty(of_real, of_moved[0], DIFFERENCE)
+        return 0.5 * self.r1 * squared.mean()
 
 
 @dataclass(kw_only=True)
@@ -127,29 +161,47 @@ class TeacherHeads(_Heads):
     """Heads on the frozen teacher's encoder (Xu et al. 2025); only they are trained, at the student's noise levels.
 
     level: u [B] in [0, 1) -> sigma [B]. Cost: in the student's step no pass, and where the adversarial term is on the
-    encoder's share of a backward pass; in each fake step the encoder over 2 B samples without a graph (with R1: over
-    3 B, or with a graph to the inputs).
+    encoder's share of a pass and of a backward pass; in each fake step the encoder over 2 B samples without a graph
+    (with R1: over 3 B, or with a graph to the inputs).
     """
 
     level: Callable[[Tensor], Tensor]
 
-    def compare(self, fake: Denoiser, target: Denoiser, x: Tensor, sigma: Tensor, cond: Any) -> Comparison:
+    def compare(
+        self, fake: Denoiser, target: Denoiser, x: Tensor, sigma: Tensor, cond: Any, adversarial: bool
+    ) -> Comparison:
         with torch.no_grad():
             denoised_fake = fake(x, sigma, cond)
-        with frozen(self.network, self.heads):
-            with self.tap.record(end="graph") as features:
-                denoised_target = target(x, sigma, cond)
-            return Comparison(denoised_fake, denoised_target.detach(), self._read(features, len(x)))
+        denoised_target, logits, pull = self._judge(target, x, sigma, cond, adversarial)
+        return Comparison(denoised_fake, denoised_target, logits, pull)
 
     def learn(
-        self, denoising: Callable[[], Tensor], x0: Tensor, sigma: Tensor, cond: Any, noise: SampleNoise
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+        self,
+        denoising: Callable[[], Tensor],
+        x0: Tensor,
+        sigma: Tensor,
+        cond: Any,
+        noise: SampleNoise,
+        metrics: dict[str, Tensor],
+    ) -> Iterator[Tensor]:
+        level = self.level(noise.uniform()).to(x0.device)
+        fake = x0 + expand(level, x0) * noise.normal(x0.shape[1:], x0.dtype, x0.device)
+        real = self._real(level, cond, noise)
+        with frozen(self.network), torch.set_grad_enabled(real[0].requires_grad):
+            features = self._encode([fake, *real], level, cond)
+        of_fake, of_real, *of_moved = self.train_heads(features).split(len(x0))
+        loss = discriminator_loss(of_real, of_fake).mean()
+        metrics["discriminator_loss"] = loss.detach()
+        if self.r1:
+            penalty = self._penalty(real[0], of_real, of_moved)
+            metrics["gradient_penalty"] = penalty.detach()
+            loss = loss + penalty
+        yield self.weight * loss
+        del features, of_fake, of_real, of_moved, loss
+
         fake_loss = denoising().mean()
-        sigma = self.level(noise.uniform()).to(x0.device)
-        x = x0 + expand(sigma, x0) * noise.normal(x0.shape[1:], x0.dtype, x0.device)
-        with frozen(self.network):
-            loss, metrics = self._discrimination(x, sigma, cond, noise, graph=False)
-        return fake_loss + self.weight * loss, {"fake_loss": fake_loss.detach()} | metrics
+        metrics["fake_loss"] = fake_loss.detach()
+        yield fake_loss
 
 
 @dataclass(kw_only=True)
@@ -160,21 +212,59 @@ class FakeHeads(_Heads):
     samples (2 B with the finite-difference penalty), with a graph: the student's are read from the denoising pass.
     """
 
-    def compare(self, fake: Denoiser, target: Denoiser, x: Tensor, sigma: Tensor, cond: Any) -> Comparison:
+    def compare(
+        self, fake: Denoiser, target: Denoiser, x: Tensor, sigma: Tensor, cond: Any, adversarial: bool
+    ) -> Comparison:
         with torch.no_grad():
             denoised_target = target(x, sigma, cond)
-        with frozen(self.network, self.heads):
-            with self.tap.record(end="graph") as features:
-                denoised_fake = self.network(x, sigma, cond)
-            return Comparison(denoised_fake.detach(), denoised_target, self._read(features, len(x)))
+        denoised_fake, logits, pull = self._judge(self.network, x, sigma, cond, adversarial)
+        return Comparison(denoised_fake, denoised_target, logits, pull)
 
     def learn(
-        self, denoising: Callable[[], Tensor], x0: Tensor, sigma: Tensor, cond: Any, noise: SampleNoise
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+        self,
+        denoising: Callable[[], Tensor],
+        x0: Tensor,
+        sigma: Tensor,
+        cond: Any,
+        noise: SampleNoise,
+        metrics: dict[str, Tensor],
+    ) -> Iterator[Tensor]:
+        # Not through what wraps the networks for several processes: gradients are reduced with the second loss.
+        real = self._real(sigma, cond, noise)
+        of_real, *of_moved = self.heads(self._encode(real, sigma, cond)).split(len(x0))
+        real_loss = softplus(-of_real).mean()
+        loss = real_loss
+        if self.r1:
+            penalty = self._penalty(real[0], of_real, of_moved)
+            metrics["gradient_penalty"] = penalty.detach()
+            loss = loss + penalty
+        yield self.weight * loss
+        del of_real, of_moved, loss
+
         with self.tap.record() as features:
             fake_loss = denoising().mean()
-        loss, metrics = self._discrimination(features, sigma, cond, noise, graph=True)
-        return fake_loss + self.weight * loss, {"fake_loss": fake_loss.detach()} | metrics
+        of_student = softplus(self.train_heads(features)).mean()
+        metrics["discriminator_loss"] = real_loss.detach() + of_student.detach()
+        metrics["fake_loss"] = fake_loss.detach()
+        yield fake_loss + self.weight * of_student
+
+
+@contextmanager
+def _checkpointed(denoiser: nn.Module, wanted: bool) -> Iterator[None]:
+    """A diffusers network that keeps of its graph only what each block was given, where it knows how to."""
+    network = getattr(denoiser, "network", None)
+    if (
+        not wanted
+        or not getattr(network, "_supports_gradient_checkpointing", False)
+        or network.is_gradient_checkpointing
+    ):
+        yield
+        return
+    network.enable_gradient_checkpointing()
+    try:
+        yield
+    finally:
+        network.disable_gradient_checkpointing()
 
 
 @contextmanager

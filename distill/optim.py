@@ -1,7 +1,7 @@
 """One network's update: backward, clip, learning rate, AdamW."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +50,9 @@ def student_rate(config: OptimizerConfig, step: int, steps: int) -> float:
 class Update:
     """One optimizer step on a loss []: the only place that turns a loss into new weights.
 
+    Several losses, which are added, can be given as an iterator: each is differentiated before the next is computed, so
+    that only one graph is held at a time. Gradients are gone after the step.
+
     schedule: step -> learning rate, which a group of parameters multiplies with its "scale", if it has one.
     backward: how the loss is differentiated (accelerate's `backward`, which scales and synchronises, or Tensor's).
     """
@@ -63,11 +66,12 @@ class Update:
     ) -> None:
         self.optimizer, self._schedule, self._clip, self._backward = optimizer, schedule, clip, backward
 
-    def __call__(self, loss: Tensor, step: int) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
-        self._backward(loss)
+    def __call__(self, losses: Tensor | Iterable[Tensor], step: int) -> None:
+        for loss in [losses] if isinstance(losses, Tensor) else losses:
+            self._backward(loss)
         for group in self.optimizer.param_groups:
             group["lr"] = self._schedule(step) * group.get("scale", 1.0)
             if self._clip is not None:
                 nn.utils.clip_grad_norm_(group["params"], self._clip)
         self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)  # so that no gradient lies about while another network learns

@@ -48,28 +48,34 @@ class Tap:
         return len(self._layers)
 
     @contextmanager
-    def record(self, end: Literal["graph", "call"] | None = None) -> Iterator[list[Tensor]]:
+    def record(self, end: Callable[[list[Tensor]], None] | Literal["call"] | None = None) -> Iterator[list[Tensor]]:
         """The features of the one call of the network inside, in the order of the levels.
 
-        end "graph": after the last layer nothing is added to the gradient's graph until the block ends; "call": the
-        network is left there, and so is the block; None: the call goes on as it would.
+        end: None, the call goes on as it would; "call", the network is left after the last layer, and so is the block;
+        a function, it is given the features there, which are then forgotten, and what follows has no graph.
         """
         features: list[Tensor] = []
         image_tokens: list[int] = []
-        grad = torch.is_grad_enabled()
+        grad, done = torch.is_grad_enabled(), False
 
         def count(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             image_tokens.append(_image(layer, output, _went_in(args, kwargs)).shape[1])
 
         def hook(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            nonlocal done
+            if done and callable(end):
+                return  # a layer that runs again for a backward pass
             assert len(features) < len(self._layers), "one call of the network is recorded"
             module, read = self._layers[len(features)]
             assert layer is module, "the tapped layers run once each, in their order"
             features.append(read(layer, output, _went_in(args, kwargs), image_tokens[0] if image_tokens else None))
             if len(features) == len(self._layers):
+                done = True
                 if end == "call":
                     raise _Stop
-                if end == "graph":
+                if callable(end):
+                    end(features)
+                    features.clear()
                     torch.set_grad_enabled(False)
 
         handles = [] if self._joint is None else [self._joint.register_forward_hook(count, with_kwargs=True)]

@@ -107,17 +107,18 @@ class Trainer:
             sigma = self.fake_level(noise.uniform()).to(self.device)
             eps = noise.normal(self.shape, device=self.device)
             denoising = partial(denoising_loss, self.fake, x0, sigma, eps, cond, self.sigma_data)
-            loss, learned = self.adversary.learn(denoising, x0, sigma, cond, noise)
-            self.fake_update(loss, n * self.fake_steps + k)
-        return metrics | learned
+            losses = self.adversary.learn(denoising, x0, sigma, cond, noise, metrics)
+            self.fake_update(losses, n * self.fake_steps + k)
+        return metrics
 
     def _student_loss(self, x: Tensor, x_sigma: Tensor, sigma: Tensor, cond: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        seen = x_sigma if self.adversarial_weight else x_sigma.detach()
-        denoised_fake, denoised_target, logits = self.adversary.compare(self.fake, self.target, seen, sigma, cond)
+        denoised_fake, denoised_target, logits, pull = self.adversary.compare(
+            self.fake, self.target, x_sigma.detach(), sigma, cond, adversarial=bool(self.adversarial_weight)
+        )
         weight = self.weighting(x.detach(), denoised_target, sigma).to(x)
         metrics = {"gap": (denoised_fake - denoised_target).square().mean()}
         if logits is not None:
-            ratio = log_ratio(logits).detach()
+            ratio = log_ratio(logits)
             h = torch.ones_like(ratio) if self.ratio_weight is None else self.ratio_weight(ratio, sigma)
             weight = weight * h.to(x)
             metrics |= {"log_ratio": ratio.mean()} | weight_statistics(h)
@@ -125,10 +126,9 @@ class Trainer:
         matching = distribution_matching_loss(x, denoised_fake, denoised_target, weight).mean()
         loss = matching
         metrics["student_loss"] = matching.detach()
-        if self.adversarial_weight and logits is not None:
-            adversarial = adversarial_loss(logits).mean()
-            loss = loss + self.adversarial_weight * adversarial
-            metrics["adversarial_loss"] = adversarial.detach()
+        if logits is not None and pull is not None:
+            loss = loss + self.adversarial_weight * (x_sigma * pull).flatten(1).sum(1).mean()
+            metrics["adversarial_loss"] = adversarial_loss(logits).mean()
         return loss, metrics
 
 

@@ -1,35 +1,63 @@
 """The benchmarks that README.md and BENCHMARKS.md quote: `python -m tools.bench`, or `make bench`.
 
-Everything runs through the commands that users run. Finished parts are kept in --folder and not run again.
+Everything runs through the commands that users run, or the objects behind them. Finished parts are kept in --folder
+and not run again.
 """
 
 import argparse
-import json
-import statistics
-import subprocess
-import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-BARS = {  # of the foundation: the student against its teacher
-    "fd": ("FD, ratio to the teacher's", "at most", 1.25),
-    "pixel_fd": ("pixel FD, ratio", "at most", 1.75),
-    "recall": ("recall, ratio", "at least", 0.9),
-    "class_entropy": ("class entropy", "at least", 0.98),
-}
+from tools.bench_cost import cost_table
+from tools.bench_digits import compare, digits, digits_table
+from tools.bench_optimum import draw_optima, optimum_rows, optimum_table, ratio_table
+from tools.bench_toys import coverage
+
+DEMO = "configs/digits-reverse-kl.yaml"  # the student of `make demo`
 
 
 def main() -> None:
-    """Prints the convergence orders and the digits table over training seeds, with their bars."""
+    """Prints the tables that are asked for, all by default, each under its title."""
+    parts: dict[str, tuple[str, Callable[[Path, list[int], list[int], int], str]]] = {
+        "orders": ("Order of convergence on an exact mixture (float64, sigma 10 -> 0.1)", lambda *_: orders()),
+        "optimum": ("The optimum of every divergence, exact and found", lambda folder, *_: _optimum(folder)),
+        "ratio": ("The learned ratio against ln r: correlation, calibration slope", lambda *_: ratio_table()),
+        "cost": ("Cost of an update, K = 5", lambda *_: cost_table()),
+        "digits": (
+            "One-step students of the digits, by training seed",
+            lambda folder, seeds, *_: _digits(folder, seeds),
+        ),
+        "coverage": (
+            "Coverage of modes, exact teacher",
+            lambda folder, _, more, jobs: coverage(folder / "coverage", more, jobs),
+        ),
+        "compare": ("The divergences on the digits", lambda folder, _, more, jobs: compare(folder, more, jobs)),
+    }
     parser = argparse.ArgumentParser(prog="tools.bench", description=__doc__)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(parts)}; none is all of them")
     parser.add_argument("--folder", type=Path, default=Path("runs/bench"), help="where runs and results are kept")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="training seeds")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="training seeds of the demo's student")
+    parser.add_argument("--more-seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="seeds of comparisons")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, of coverage and compare")
     arguments = parser.parse_args()
+    unknown = [part for part in arguments.parts if part not in parts]
+    if unknown:
+        parser.error(f"{unknown[0]!r} is not one of {', '.join(parts)}")
 
-    print("## Order of convergence on an exact mixture (float64, sigma 10 -> 0.1)\n\n" + orders())
-    results = [digits(arguments.folder / f"seed-{seed}", seed) for seed in arguments.seeds]
-    print("## One-step students of the digits, by training seed\n\n" + digits_table(arguments.seeds, results))
+    for part in arguments.parts or parts:
+        title, make = parts[part]
+        table = make(arguments.folder, arguments.seeds, arguments.more_seeds, arguments.jobs)
+        print(f"## {title}\n\n{table}", flush=True)
+
+
+def _optimum(folder: Path) -> str:
+    rows = optimum_rows()
+    draw_optima(rows, folder / "optimum.png")
+    return optimum_table(rows) + f"\npicture: {folder / 'optimum.png'}\n"
+
+
+def _digits(folder: Path, seeds: list[int]) -> str:
+    return digits_table(seeds, [digits(folder, seed, DEMO) for seed in seeds])
 
 
 def orders() -> str:
@@ -58,59 +86,6 @@ def orders() -> str:
         errors = [float((end(name, n) - exact).norm(dim=1).median()) for n in counts]
         order = math.log(errors[-2] / errors[-1]) / math.log(2)
         lines.append(f"| {name} | " + " | ".join(f"{e:.2e}" for e in errors) + f" | {order:.3f} |")
-    return "\n".join(lines) + "\n"
-
-
-def digits(folder: Path, seed: int) -> dict[str, Any]:
-    """Trains a teacher and its student, scores both, and returns their summaries and the seconds each part took."""
-    timings_file = folder / "seconds.json"
-    seconds: dict[str, float] = json.loads(timings_file.read_text()) if timings_file.is_file() else {}
-    parts = {
-        "teacher": ["distill.cli", "teach", "--config", "configs/digits-teacher.yaml", f"--seed={seed}",
-                    f"--run={folder}/teacher", "--resume"],
-        "student": ["distill.cli", "train", "--config", "configs/digits-reverse-kl.yaml", f"--seed={seed}",
-                    f"--run={folder}/student", f"--teacher.path={folder}/teacher", "--resume"],
-        "scores": ["tools.fid", "score", f"teacher={folder}/teacher", f"student={folder}/student",
-                   "--out", f"{folder}/scores.json"],
-    }  # fmt: skip
-    for name, command in parts.items():
-        if name in seconds:
-            continue
-        started = time.monotonic()
-        subprocess.run([sys.executable, "-m", *command], check=True, stdout=sys.stderr)
-        seconds[name] = time.monotonic() - started
-        timings_file.write_text(json.dumps(seconds))
-    entries = json.loads((folder / "scores.json").read_text())["entries"]
-    return {entry["name"]: entry for entry in entries} | {"seconds": seconds}
-
-
-def digits_table(seeds: list[int], results: list[dict[str, Any]]) -> str:
-    """A row for every network and seed, then every bar with its mean over the seeds and its worst seed."""
-    metrics = ("fd", "pixel_fd", "precision", "recall", "class_entropy", "class_accuracy")
-    lines = [
-        "| seed | network | " + " | ".join(metrics) + " | NFE | images/s | training, s |",
-        "|--:|:--|" + "--:|" * (len(metrics) + 3),
-    ]
-    for seed, result in zip(seeds, results, strict=True):
-        for name in ("teacher", "student"):
-            entry = result[name]
-            numbers = [entry["summary"][metric] for metric in metrics]
-            cells = " | ".join(f"{value['mean']:.3f} ± {value['std']:.3f}" for value in numbers)
-            speed = statistics.fmean(entry["images_per_second"])
-            lines.append(
-                f"| {seed} | {name} | {cells} | {entry['nfe']} | {speed:.0f} | {result['seconds'][name]:.0f} |"
-            )
-    lines += ["", "| bar | mean over seeds | worst seed | bar | met |", "|:--|--:|--:|--:|:--|"]
-    for metric, (title, direction, bar) in BARS.items():
-        student = [result["student"]["summary"][metric]["mean"] for result in results]
-        teacher = [result["teacher"]["summary"][metric]["mean"] for result in results]
-        relative = metric != "class_entropy"
-        values = [s / t if relative else s for s, t in zip(student, teacher, strict=True)]
-        worst = max(values) if direction == "at most" else min(values)
-        met = worst <= bar if direction == "at most" else worst >= bar
-        lines.append(
-            f"| {title} | {statistics.fmean(values):.3f} | {worst:.3f} | {direction} {bar} | {'yes' if met else 'no'} |"
-        )
     return "\n".join(lines) + "\n"
 
 

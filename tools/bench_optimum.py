@@ -6,7 +6,7 @@ ones. Ratio: a discriminator between two known mixtures, its logit against ln r.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,14 +45,12 @@ class ExactRatio:
         self.target, self.student = target, student
 
     @torch.no_grad()
-    def compare(self, fake: Any, target: Any, x: Tensor, sigma: Tensor, cond: Any) -> Comparison:
+    def compare(self, fake: Any, target: Any, x: Tensor, sigma: Tensor, cond: Any, adversarial: bool) -> Comparison:
         ln_r = self.target.log_density(x, sigma) - self.student.law().log_density(x, sigma)
         return Comparison(fake(x, sigma, cond), target(x, sigma, cond), ln_r[:, None])
 
-    def learn(
-        self, denoising: Callable[[], Tensor], x0: Tensor, sigma: Tensor, cond: Any, noise: Any
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        return denoising().mean(), {}
+    def learn(self, denoising: Callable[[], Tensor], *_: Any) -> Iterator[Tensor]:
+        yield denoising().mean()
 
 
 class ExactFake(nn.Module):
@@ -221,11 +219,10 @@ def learned_ratio(
     for n in range(steps):
         noise: Any = share.noise(n)
         x0, sigma, eps = samples(noise, None), level(noise.uniform()), noise.normal((p.dim,))
-        denoising: Callable[[], Tensor] = partial(torch.zeros, 1)
+        denoising: Callable[[], Tensor] = partial(torch.zeros, 1, requires_grad=True)
         if features == "fake":
             denoising = partial(denoising_loss, denoiser, x0, sigma, eps, None, denoiser.sigma_data)
-        loss, _ = adversary.learn(denoising, x0, sigma, None, noise)
-        update(loss, n)
+        update(adversary.learn(denoising, x0, sigma, None, noise, {}), n)
 
     generator, rows = torch.Generator().manual_seed(1000 + seed), []
     for value in SIGMAS:

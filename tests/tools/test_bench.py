@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from tools.bench import digits_table, orders
+from tools.bench import orders
+from tools.bench_digits import digits_table
 
 
 def test_orders_are_those_of_the_methods() -> None:
