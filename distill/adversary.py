@@ -252,12 +252,9 @@ class FakeHeads(_Heads):
 @contextmanager
 def _checkpointed(denoiser: nn.Module, wanted: bool) -> Iterator[None]:
     """A diffusers network that keeps of its graph only what each block was given, where it knows how to."""
-    network = getattr(denoiser, "network", None)
-    if (
-        not wanted
-        or not getattr(network, "_supports_gradient_checkpointing", False)
-        or network.is_gradient_checkpointing
-    ):
+    network: Any = getattr(denoiser, "network", denoiser)
+    able = getattr(network, "_supports_gradient_checkpointing", False) and not network.is_gradient_checkpointing
+    if not (wanted and able):
         yield
         return
     network.enable_gradient_checkpointing()
