@@ -56,12 +56,15 @@ def assert_same(run: Path, other: Path) -> None:
     assert not [p for p in run.rglob("*") if p.name.endswith(".tmp")]
 
 
-def kill_somewhere(command: tuple[object, ...], run: Path, place: Path, rng: random.Random, until: int) -> int:
-    """Starts the command and kills it after a random wait past a random step; returns the newest whole checkpoint."""
+def kill_somewhere(
+    command: tuple[object, ...], run: Path, place: Path, rng: random.Random, until: int, after: int = 0
+) -> int:
+    """Starts the command and kills it a random wait past a random step, `after` .. `until`; returns the newest whole
+    checkpoint."""
     found = checkpoint.newest(run / "checkpoints")
     begun = int(found.name[5:]) if found else 0
     running = Running(command, place)
-    step = rng.randint(begun, until)
+    step = rng.randint(max(begun, after), until)
     metrics = run / "metrics.jsonl"
     while running.process.is_alive() and not (metrics.exists() and metrics.read_text().count("\n") >= step):
         time.sleep(0.001)
