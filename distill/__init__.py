@@ -1,7 +1,8 @@
 """One-step students of diffusion models.
 
-config       schemas of the experiments (no torch)        cli           the `distill` command (progress: its bar)
+config       schemas of the experiments (no torch)        cli           the `distill` command
 experiment   a configuration -> the objects it names      run           run folders and the loop that fills them
+plan         what a run would do: `--dry-run`             progress      a bar, or lines
 teacher      a diffusers folder as a frozen denoiser      pretrain      train a small teacher
 subject      what a run distils: a teacher, or a toy      toy           exact mixtures and networks for them
 student      x = D(sigma_init z, sigma_init)              data          digits, image folders

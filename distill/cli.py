@@ -163,12 +163,15 @@ def _experiment(arguments: Namespace) -> None:
     values.pop("config", None)
     config = COMMANDS[values["command"]].model_validate(values)
 
-    from distill import experiment
-
     if dry_run:
-        for line in experiment.plan(config):  # type: ignore[arg-type]
+        from distill.plan import plan
+
+        for line in plan(config):  # type: ignore[arg-type]
             _say(line)
         return
+
+    from distill import experiment
+
     function = {"teach": experiment.teach, "train": experiment.train}[config.command]
     with Progress(config.steps) as progress:
         folder = function(config, resume, progress)  # type: ignore[operator]

@@ -94,9 +94,9 @@ def train(config: schemas.Train, resume: bool, progress: Progress) -> Path:
     """Distils a teacher as the configuration says and returns the run folder."""
     accelerator = Accelerator()
     device = accelerator.device
-    subject, low, high = _checked_subject(config, device)
-    reals = _reals(config, subject, accelerator)
-    heads = _heads(config, subject, device)
+    subject, low, high = checked_subject(config, device)
+    reals = real_samples(config, subject, accelerator)
+    heads = untrained_heads(config, subject, device)
     share = Share(config.seed, config.batch_size, accelerator.process_index, accelerator.num_processes)
     average = copy.deepcopy(subject.student).requires_grad_(False).to(device)
     run = Run(config, resume, accelerator)
@@ -157,43 +157,7 @@ def train(config: schemas.Train, resume: bool, progress: Progress) -> Path:
     return run.folder
 
 
-def plan(config: schemas.Train) -> list[str]:
-    """What a run would do, as lines: passes and samples, and what its networks are if the teacher is here.
-
-    Everything that `train` would refuse before its first update is refused here.
-    """
-    lines = [f"{config.steps} updates of {config.batch_size} samples: {config.steps * config.batch_size:,} in all"]
-    lines += passes(config)
-    if config.teacher.path is not None and not Path(config.teacher.path).exists():
-        return [*lines, f"teacher: {config.teacher.path} is not here, so the networks were not built"]
-    device = torch.device("cpu")
-    subject, low, high = _checked_subject(config, device)
-    heads = _heads(config, subject, device)
-    if config.real.name == "data":
-        _reals(config, subject, Accelerator())
-    lines.append(f"samples of shape {list(subject.shape)}, noise levels {low:.6g} .. {high:.6g}")
-    for name, network in (("student", subject.student), ("fake", subject.fake), ("discriminator", heads)):
-        if network is not None:
-            lines.append(f"{name}: {sum(p.numel() for p in network.parameters()):,} parameters")
-    return lines
-
-
-def passes(config: schemas.Train) -> list[str]:
-    """The network passes of an update, as the docstrings of `Trainer` and its adversary count them."""
-    k, guided = config.fake.steps, " (2 where guided)" if config.teacher.guidance != 1 else ""
-    lines = [
-        f"an update: student 1 forward, 1 backward; teacher 1 forward{guided}; fake score {1 + k} forward, {k} backward"
-    ]
-    if config.real.name != "none":
-        where = config.discriminator.features
-        encoded = f"{2 * k} without a graph" if where == "teacher" else f"{k} forward and backward"
-        r1 = " and those of the penalty" if config.discriminator.r1 else ""
-        through = "; 1 backward to the samples" if config.adversarial_weight else ""
-        lines.append(f"discriminator: the encoder of the {where}, {encoded}{r1}{through}")
-    return lines
-
-
-def _checked_subject(config: schemas.Train, device: torch.device) -> tuple[Subject, float, float]:
+def checked_subject(config: schemas.Train, device: torch.device) -> tuple[Subject, float, float]:
     """The subject and the range of noise levels, both found good before anything is written."""
     subject = load_subject(config, device)
     low, high = check_range(config.noise.sigma_min, config.noise.sigma_max, subject.sigma_min, subject.sigma_max)
@@ -201,7 +165,7 @@ def _checked_subject(config: schemas.Train, device: torch.device) -> tuple[Subje
     return subject, low, high
 
 
-def _reals(config: schemas.Train, subject: Subject, accelerator: Accelerator) -> Reals | None:
+def real_samples(config: schemas.Train, subject: Subject, accelerator: Accelerator) -> Reals | None:
     if config.real.name == "none":
         return None
     if subject.mixture is not None:
@@ -213,7 +177,7 @@ def _reals(config: schemas.Train, subject: Subject, accelerator: Accelerator) ->
     return RealImages(images, subject.shape, subject.n_classes, accelerator.device)
 
 
-def _heads(config: schemas.Train, subject: Subject, device: torch.device) -> Discriminator | None:
+def untrained_heads(config: schemas.Train, subject: Subject, device: torch.device) -> Discriminator | None:
     """Untrained heads that fit the features; sizes are read from one pass over one sample."""
     if config.real.name == "none":
         return None
@@ -249,16 +213,17 @@ def _adversary(
 ) -> Adversary:
     choice = config.discriminator
     network, tap = _tapped(config, subject)
-    r1_exact = choice.r1_form == "exact"
-    if choice.features == "fake":
-        return FakeHeads(
-            network=network, tap=tap, heads=heads, train_heads=train_heads, reals=reals,
-            weight=choice.weight, r1=choice.r1, r1_exact=r1_exact,
-        )  # fmt: skip
-    return TeacherHeads(
-        network=network, tap=tap, heads=heads, train_heads=train_heads, reals=reals,
-        weight=choice.weight, r1=choice.r1, r1_exact=r1_exact, level=level,
-    )  # fmt: skip
+    shared: dict[str, Any] = {
+        "network": network,
+        "tap": tap,
+        "heads": heads,
+        "train_heads": train_heads,
+        "reals": reals,
+        "weight": choice.weight,
+        "r1": choice.r1,
+        "r1_exact": choice.r1_form == "exact",
+    }
+    return FakeHeads(**shared) if choice.features == "fake" else TeacherHeads(**shared, level=level)
 
 
 def _ratio_weight(config: schemas.Train, low: float, high: float, accelerator: Accelerator) -> RatioWeight:

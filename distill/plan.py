@@ -1,0 +1,45 @@
+"""What a run of `distill train` would do, said before it is done: `--dry-run`."""
+
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from distill.config import Train
+from distill.experiment import checked_subject, real_samples, untrained_heads
+
+
+def plan(config: Train) -> list[str]:
+    """What a run would do, as lines: passes and samples, and what its networks are if the teacher is here.
+
+    Everything that `train` would refuse before its first update is refused here.
+    """
+    lines = [f"{config.steps} updates of {config.batch_size} samples: {config.steps * config.batch_size:,} in all"]
+    lines += passes(config)
+    if config.teacher.path is not None and not Path(config.teacher.path).exists():
+        return [*lines, f"teacher: {config.teacher.path} is not here, so the networks were not built"]
+    device = torch.device("cpu")
+    subject, low, high = checked_subject(config, device)
+    heads = untrained_heads(config, subject, device)
+    if config.real.name == "data":
+        real_samples(config, subject, Accelerator())
+    lines.append(f"samples of shape {list(subject.shape)}, noise levels {low:.6g} .. {high:.6g}")
+    for name, network in (("student", subject.student), ("fake", subject.fake), ("discriminator", heads)):
+        if network is not None:
+            lines.append(f"{name}: {sum(p.numel() for p in network.parameters()):,} parameters")
+    return lines
+
+
+def passes(config: Train) -> list[str]:
+    """The network passes of an update, as the docstrings of `Trainer` and its adversary count them."""
+    k, guided = config.fake.steps, " (2 where guided)" if config.teacher.guidance != 1 else ""
+    lines = [
+        f"an update: student 1 forward, 1 backward; teacher 1 forward{guided}; fake score {1 + k} forward, {k} backward"
+    ]
+    if config.real.name != "none":
+        where = config.discriminator.features
+        encoded = f"{2 * k} without a graph" if where == "teacher" else f"{k} forward and backward"
+        r1 = " and those of the penalty" if config.discriminator.r1 else ""
+        through = "; 1 backward to the samples" if config.adversarial_weight else ""
+        lines.append(f"discriminator: the encoder of the {where}, {encoded}{r1}{through}")
+    return lines
