@@ -189,7 +189,7 @@ TWO: dict[str, dict[str, Any]] = {
 def test_two_processes_learn_what_one_does(place: Path, features: str) -> None:
     """The first ten of all metrics but the largest weight and the effective size, which each process has of its own.
 
-    Were the means of the bins and of the weights not those of both processes, the losses would differ by per cents.
+    The mean log-ratio is a sum of both signs around zero: its tolerance is absolute, a thousandth of a typical value.
     """
     heads = {"features": features, "lr": 5e-3, "r1": 0.01}
     logging = {"log_every": 1, "sample_every": 100, "checkpoint_every": 5}
@@ -203,7 +203,8 @@ def test_two_processes_learn_what_one_does(place: Path, features: str) -> None:
     for a, b in zip(one, two, strict=True):
         assert a.keys() == b.keys()
         for name in a.keys() - {"step", "weight_max", "weight_ess"}:
-            assert b[name] == pytest.approx(a[name], rel=1e-4, abs=1e-6), (name, a["step"])
+            smallest = 1e-5 if name == "log_ratio" else 1e-9
+            assert b[name] == pytest.approx(a[name], rel=1e-4, abs=smallest), (name, a["step"])
     assert max(line["weight_max"] for line in one) > 1.02  # there was something to normalise
     means = [load_file(place / run / "checkpoints/step-00000010/ratio_weight.safetensors")["means"] for run in
              ("one", "two")]  # fmt: skip
