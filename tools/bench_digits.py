@@ -9,7 +9,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
@@ -90,44 +90,53 @@ def digits_table(seeds: list[int], results: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def compare(folder: Path, seeds: Iterable[int], jobs: int = 1, steps: int = 300) -> str:
-    """Every divergence with and without the adversarial term: a student of each seed's own teacher and noise.
+ARMS = tuple((divergence, adversarial) for divergence in COMPARED for adversarial in (False, True))
 
-    All arms train the same discriminator for as many updates; reverse KL without the term makes no use of it.
+
+def compare(
+    folder: Path, seeds: Sequence[int], jobs: int = 1, steps: int = 120, arms: Sequence[tuple[str, bool]] = ARMS
+) -> str:
+    """Divergences with and without the adversarial term: students of each seed's own teacher and noise, as a table.
+
+    All arms train the same discriminator for as many updates; reverse KL without the term, the first of the arms, makes
+    no use of it and is the control.
     """
-    arms = list(product(COMPARED, (False, True)))
-    seeds = list(seeds)
 
-    def make(seed: int) -> dict[str, Any]:
-        teacher(folder, seed)
-        own = folder / f"seed-{seed}"
-        for divergence, adversarial in arms:
-            name = arm_name(divergence, adversarial)
-            command = ["distill.cli", "train", "--config", "configs/digits-f-distill.yaml", f"--seed={seed}"]
-            command += [f"--teacher.path={own}/teacher", f"--run={own}/compare/{name}", f"--steps={steps}", "--resume"]
-            command += [f"--divergence.name={divergence}", f"--adversarial_weight={ADVERSARIAL_WEIGHT * adversarial}"]
-            timed(own / "compare", name, *command, f"--logging.sample_every={steps}")
-        scored = [f"{arm_name(*arm)}={own}/compare/{arm_name(*arm)}" for arm in arms]
-        timed(own / "compare", "scores", "tools.fid", "score", *scored, "--out", f"{own}/compare/scores.json")
-        seconds = {arm_name(*arm): float((own / "compare" / f"{arm_name(*arm)}.seconds").read_text()) for arm in arms}
-        return summaries(own / "compare/scores.json") | {"seconds": seconds}
+    def make(task: tuple[tuple[str, bool], int]) -> None:
+        (divergence, adversarial), seed = task
+        own, name = folder / f"seed-{seed}", arm_name(divergence, adversarial)
+        command = ["distill.cli", "train", "--config", "configs/digits-f-distill.yaml", f"--seed={seed}"]
+        command += [f"--teacher.path={own}/teacher", f"--run={own}/compare/{name}", f"--steps={steps}", "--resume"]
+        command += [f"--divergence.name={divergence}", f"--adversarial_weight={ADVERSARIAL_WEIGHT * adversarial}"]
+        timed(own / "compare", name, *command, f"--logging.sample_every={steps}")
+
+    def score(seed: int) -> dict[str, Any]:
+        own = folder / f"seed-{seed}/compare"
+        names = [arm_name(*arm) for arm in arms]
+        file = own / f"scores-{len(names)}.json"
+        scored = [f"{name}={own}/{name}" for name in names]
+        timed(own, file.stem, "tools.fid", "score", *scored, "--out", str(file))
+        seconds = {name: float((own / f"{name}.seconds").read_text()) for name in names}
+        return summaries(file) | {"seconds": seconds}
 
     with ThreadPoolExecutor(jobs) as pool:
-        return compare_table(list(pool.map(make, seeds)))
+        list(pool.map(lambda seed: teacher(folder, seed), seeds))
+        list(pool.map(make, product(arms, seeds)))
+        return compare_table(list(pool.map(score, seeds)), arms)
 
 
 def arm_name(divergence: str, adversarial: bool) -> str:
     return f"{divergence}-adversarial" if adversarial else divergence
 
 
-def compare_table(results: list[dict[str, Any]]) -> str:
+def compare_table(results: list[dict[str, Any]], arms: Sequence[tuple[str, bool]] = ARMS) -> str:
     """Means over the seeds, and the difference from the control on the same seed, with its standard error."""
     shown = ("fd", "pixel_fd", "precision", "recall")
     lines = [
         "| divergence | adversarial | " + " | ".join(f"{m} | minus control" for m in shown) + " | s |",
         "|:--|:--|" + "--:|" * (2 * len(shown) + 1),
     ]
-    for adversarial, divergence in product((False, True), COMPARED):
+    for divergence, adversarial in sorted(arms, key=lambda arm: arm[1]):
         name, cells = arm_name(divergence, adversarial), []
         for metric in shown:
             values = [result[name]["summary"][metric]["mean"] for result in results]
