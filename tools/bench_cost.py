@@ -29,7 +29,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from distill.adversary import FakeHeads, TeacherHeads
 from distill.config import LogNormal, Network, StudentNoise
@@ -215,8 +216,9 @@ def _ours(
 
 
 class Pass(NamedTuple):
-    """part: "full", or "encoder" where the decoder takes no part. way: "forward", "backward", or "backward to the
-    input" where no parameter of the network gets a gradient."""
+    """part: "full", or "encoder" where the decoder takes no part. way: "forward", "backward", "backward to the input"
+    where no parameter of the network gets a gradient, or "forward again" where a backward pass runs residual blocks
+    once more, because their graph was not kept: less than a pass, for each ends at the last tensor that is needed."""
 
     network: str
     part: str
@@ -228,7 +230,8 @@ def counted_passes(nets: Networks, batch: int) -> Iterator[dict[Pass, float]]:
     """Counts the passes inside, in rows / batch, by hooks on the first down block and the last up block of each UNet.
 
     Every pass enters the encoder; it is full if it leaves the decoder too (backward: if its gradient enters there).
-    The counts are there after the block.
+    Checkpointing runs residual blocks again and not what contains them: a pass is one forward again if the first
+    residual block of either end ran once more than its down or up block did. The counts are there after the block.
     """
     rows: Counter[tuple[str, str, str]] = Counter()
 
@@ -240,19 +243,24 @@ def counted_passes(nets: Networks, batch: int) -> Iterator[dict[Pass, float]]:
                 way = "backward" if any(p.requires_grad for p in unet.parameters()) else "backward to the input"
                 hidden.register_hook(lambda _: rows.update({(name, end, way): len(hidden)}))
 
+        def again(_: nn.Module, args: Any) -> None:
+            rows[name, end, "residual"] += len(args[0])
+
         block = unet.down_blocks[0] if end == "encoder" else unet.up_blocks[-1]
-        return block.register_forward_hook(hook)
+        return block.register_forward_hook(hook), block.resnets[0].register_forward_pre_hook(again)
 
     passes: dict[Pass, float] = {}
     unets = {name: getattr(nets, name).network for name in ("student", "teacher", "fake")}
-    handles = [watch(name, unet, end) for name, unet in unets.items() for end in ("encoder", "decoder")]
+    handles = [h for name, unet in unets.items() for end in ("encoder", "decoder") for h in watch(name, unet, end)]
     try:
         yield passes
     finally:
         for handle in handles:
             handle.remove()
     for name in unets:
-        for way in ("forward", "backward", "backward to the input"):
+        for end in ("encoder", "decoder"):
+            rows[name, end, "forward again"] = rows[name, end, "residual"] - rows[name, end, "forward"]
+        for way in ("forward", "forward again", "backward", "backward to the input"):
             full, entered = rows[name, "decoder", way], rows[name, "encoder", way]
             counts = {Pass(name, "full", way): full / batch, Pass(name, "encoder", way): (entered - full) / batch}
             passes.update({kind: count for kind, count in counts.items() if count})
@@ -280,11 +288,24 @@ def static_bytes(arm: Arm) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
 
+class _Operations(TorchDispatchMode):
+    """The sum of torch's formulas. (Its own counter follows modules as well, which a gradient in an input breaks.)"""
+
+    total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        count = flop_registry.get(func._overloadpacket)
+        if count is not None:
+            self.total += count(*args, **(kwargs or {}), out_val=output)
+        return output
+
+
 def flops(step: Callable[[], Any]) -> int:
-    """Of convolutions and matrix products, counted by torch."""
-    with FlopCounterMode(display=False) as counter:
+    """Of convolutions and matrix products, those that are run again for a backward pass included."""
+    with _Operations() as counter:
         step()
-    return counter.get_total_flops()
+    return counter.total
 
 
 def encoder_share(nets: Networks, sizes: Sizes) -> float:

@@ -382,6 +382,10 @@ def saved(call: Callable[[], object]) -> int:
     return count
 
 
+def nothing(features: list[Tensor]) -> None:
+    """The graph ends; nobody looks."""
+
+
 def pull(features: list[Tensor]) -> Tensor:
     return sum((f * normal(*f.shape, seed=3)).sum() for f in features)
 
@@ -393,15 +397,20 @@ def test_the_graph_ends_at_the_last_layer_and_gives_the_gradients_of_the_whole(c
         assert output.requires_grad
     (expected,) = torch.autograd.grad(pull(features), x)
 
-    with tap.record(end="graph") as features:
+    found: list[Tensor] = []
+
+    def end(features: list[Tensor]) -> None:
+        assert all(f.requires_grad for f in features)
+        found.extend(torch.autograd.grad(pull(features), x))
+
+    with tap.record(end=end) as features:
         ended = case(x)
         assert not ended.requires_grad
+        assert not features
     assert torch.is_grad_enabled()
     assert torch.equal(ended, output)
-    assert all(f.requires_grad for f in features)
-    (gradient,) = torch.autograd.grad(pull(features), x)
     assert float(expected.abs().max()) > 0
-    assert relative_error(gradient, expected) < 1e-12
+    assert relative_error(found[0], expected) < 1e-12
 
     (gradient,) = torch.autograd.grad(pull(tap.encode(lambda: case(x))), x)
     assert relative_error(gradient, expected) < 1e-12
@@ -411,7 +420,7 @@ def test_the_graph_that_ends_keeps_no_more_than_a_call_that_ends(case: Case) -> 
     tap, x = Tap(case.network), case.x.clone().requires_grad_()
 
     def recorded() -> None:
-        with tap.record(end="graph"):
+        with tap.record(end=nothing):
             case(x)
 
     encoded = saved(lambda: tap.encode(lambda: case(x)))
@@ -422,9 +431,8 @@ def test_the_graph_that_ends_keeps_no_more_than_a_call_that_ends(case: Case) -> 
 def test_a_frozen_network_gets_no_gradient_from_its_features(case: Case) -> None:
     case.network.requires_grad_(True)
     tap, x = Tap(case.network), case.x.clone().requires_grad_()
-    with frozen(case.network), tap.record(end="graph") as features:
+    with frozen(case.network), tap.record(end=lambda features: pull(features).backward()):
         case(x)
-    pull(features).backward()
     assert float(x.grad.abs().max()) > 0
     assert all(p.grad is None and p.requires_grad for p in case.network.parameters())
     pull(tap.encode(case)).backward()
@@ -432,23 +440,25 @@ def test_a_frozen_network_gets_no_gradient_from_its_features(case: Case) -> None
 
 
 @pytest.mark.parametrize("mode", [True, False])
-@pytest.mark.parametrize("end", [None, "graph", "call"])
-def test_modes_and_hooks_are_left_as_they_were(end: Literal["graph", "call"] | None, mode: bool) -> None:
+@pytest.mark.parametrize("kind", [None, "function", "call"])
+def test_modes_and_hooks_are_left_as_they_were(kind: Literal["function", "call"] | None, mode: bool) -> None:
     torch.manual_seed(0)
     case = unet_2d()
     tap, x = Tap(case.network), case.x.clone().requires_grad_()
+    given: list[Tensor] = []
     with torch.set_grad_enabled(mode):
         reached = False
-        with tap.record(end=end) as features:
+        with tap.record(end=given.extend if kind == "function" else kind) as features:
             assert hooks(case.network) == len(tap)
             case(x)
             reached = True
-            assert torch.is_grad_enabled() == (mode and end != "graph")
-        assert reached == (end != "call")
+            assert torch.is_grad_enabled() == (mode and kind != "function")
+        assert reached == (kind != "call")
         assert torch.is_grad_enabled() == mode
         assert hooks(case.network) == 0
-        assert len(features) == len(tap)
-        assert all(f.requires_grad == mode for f in features)
+        assert len(given) + len(features) == len(tap)
+        assert bool(given) == (kind == "function")
+        assert all(f.requires_grad == mode for f in [*given, *features])
 
 
 class Mishap(Exception):
@@ -456,8 +466,10 @@ class Mishap(Exception):
 
 
 @pytest.mark.parametrize("where", ["down_blocks.1", "conv_out"])
-@pytest.mark.parametrize("end", [None, "graph"])
-def test_an_error_inside_is_passed_on_and_leaves_nothing_behind(end: Literal["graph"] | None, where: str) -> None:
+@pytest.mark.parametrize("end", [None, nothing])
+def test_an_error_inside_is_passed_on_and_leaves_nothing_behind(
+    end: Callable[[list[Tensor]], None] | None, where: str
+) -> None:
     torch.manual_seed(0)
     case = unet_2d()
     tap = Tap(case.network)
@@ -477,13 +489,19 @@ def test_an_error_inside_is_passed_on_and_leaves_nothing_behind(end: Literal["gr
         tap.encode(lambda: fail())
     assert hooks(case.network) == 0
 
+    with pytest.raises(Mishap), tap.record(end=fail):
+        case()
+    assert torch.is_grad_enabled()
+    assert hooks(case.network) == 0
+
 
 def test_a_guided_pass_has_the_conditional_rows_first() -> None:
     network = unet(10, channels=(8, 16)).double().requires_grad_(False)
     denoiser, tap = denoiser_from(network, teacher_scheduler(0.75, 0.01, 20.0)), Tap(network)
     x, sigma, labels = normal(3, 1, 8, 8), torch.tensor([0.1, 1.0, 9.0]), torch.tensor([1, 4, 7])
     with torch.no_grad():
-        with tap.record(end="graph") as both:
+        both: list[Tensor] = []
+        with tap.record(end=both.extend):
             Guided(denoiser, 2.0, 10)(x, sigma, labels)
         conditional = tap.encode(lambda: denoiser(x, sigma, labels))
         unconditional = tap.encode(lambda: denoiser(x, sigma, torch.tensor([10, 10, 10])))

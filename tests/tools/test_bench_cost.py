@@ -1,13 +1,15 @@
 """What an update costs in network passes, for the published loop and for ours; and that both do train."""
 
 import math
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from distill.config import Network
-from tools.bench_cost import Arm, Pass, Sizes, arms, cost_table, counted_passes, peak_bytes
+from tools.bench_cost import Arm, Pass, Sizes, arms, cost_table, counted_passes, flops, peak_bytes
 
 K = 2
 TINY = Sizes(batch=4, size=8, network=Network(channels=(8, 8)), fake_steps=K)
@@ -16,7 +18,7 @@ OURS = {("student", "full", "forward"): 1, ("student", "full", "backward"): 1, (
     ("fake", "full", "backward"): K,
 }
 TEACHER_HEADS = OURS | {("teacher", "encoder", "forward"): 2 * K}
-THROUGH_TEACHER = {("teacher", "encoder", "backward to the input"): 1}
+THROUGH_TEACHER = {("teacher", "encoder", "forward again"): 1, ("teacher", "encoder", "backward to the input"): 1}
 EXPECTED: dict[str, dict[tuple[str, str, str], int]] = {
     "(a)": OURS
     | {
@@ -29,6 +31,7 @@ EXPECTED: dict[str, dict[tuple[str, str, str], int]] = {
     | {
         ("fake", "encoder", "forward"): K,  # real; the generated are read from the denoising pass
         ("fake", "encoder", "backward"): K,
+        ("fake", "encoder", "forward again"): 1,  # of residual blocks, for the adversarial term
         ("fake", "encoder", "backward to the input"): 1,
     },
     "(c)": TEACHER_HEADS | THROUGH_TEACHER,
@@ -49,18 +52,36 @@ def test_an_update_makes_the_passes_that_the_docstrings_count(tiny: dict[str, Ar
     assert passes == {Pass(*kind): count for kind, count in EXPECTED[letter].items()}
 
 
+def test_residual_blocks_that_run_again_are_counted_where_they_do(tiny: dict[str, Arm]) -> None:
+    nets = tiny["(a)"].nets
+    x, sigma = torch.zeros(TINY.batch, 3, TINY.size, TINY.size), torch.ones(TINY.batch)
+    for parts, count in ((("fake",), 2), (("fake", "student"), 1)):
+        unets = [getattr(nets, name).network for name in parts]
+        for unet in unets:
+            unet.enable_gradient_checkpointing()
+        with counted_passes(nets, TINY.batch) as passes:
+            for name in parts:
+                for _ in range(count):
+                    getattr(nets, name)(x, sigma).sum().backward()
+        for unet in unets:
+            unet.disable_gradient_checkpointing()
+        ways = ("forward", "forward again", "backward")
+        assert passes == {Pass(name, "full", way): count for name in parts for way in ways}
+
+
 @pytest.mark.parametrize("letter", EXPECTED)
-def test_the_teachers_decoder_is_in_no_graph(tiny: dict[str, Arm], letter: str) -> None:
-    seen: list[bool] = []
-
-    def hook(module: Any, args: Any, output: torch.Tensor) -> None:
-        seen.append(output.requires_grad)
-
-    handles = [block.register_forward_hook(hook) for block in tiny[letter].nets.teacher.network.up_blocks]
+def test_decoders_are_in_no_graph_but_those_that_learn(tiny: dict[str, Arm], letter: str) -> None:
+    """The teacher's never; the fake score's in the denoising passes only, K of them."""
+    nets, seen = tiny[letter].nets, {"teacher": [], "fake": []}
+    handles = [
+        block.register_forward_hook(lambda m, args, out, found=found: found.append(out.requires_grad))
+        for name, found in seen.items()
+        for block in getattr(nets, name).network.up_blocks
+    ]
     tiny[letter].step(0)
     for handle in handles:
         handle.remove()
-    assert seen == [False, False]
+    assert seen == {"teacher": [False, False], "fake": [False, False] + [True, True] * K}
 
 
 @pytest.mark.parametrize("letter", EXPECTED)
@@ -89,6 +110,24 @@ def test_peak_memory_is_that_of_the_graph_that_is_alive(tiny: dict[str, Arm]) ->
 
     assert peak_bytes(Arm("", tiny["(a)"].nets, hold, []), 0) == pytest.approx(6 << 20, rel=1e-3)
     assert peak_bytes(tiny["(a)"], 1) == peak_bytes(tiny["(a)"], 3)
+
+
+def test_operations_are_those_that_torch_counts_and_those_that_are_run_again(tiny: dict[str, Arm]) -> None:
+    step = partial(tiny["(a)"].step, 0)
+    with FlopCounterMode(display=False) as counter:
+        step()
+    assert flops(step) == counter.get_total_flops() > 0
+
+    network, x, sigma = tiny["(a)"].nets.teacher, torch.zeros(2, 3, TINY.size, TINY.size), torch.ones(2)
+    x.requires_grad_()
+    with torch.no_grad():
+        forward = flops(lambda: network(x, sigma))
+    kept = flops(lambda: torch.autograd.grad(network(x, sigma).sum(), x))
+    network.network.enable_gradient_checkpointing()
+    again = flops(lambda: torch.autograd.grad(network(x, sigma).sum(), x))
+    network.network.disable_gradient_checkpointing()
+    assert kept > 1.5 * forward
+    assert 0.5 * forward < again - kept < forward  # up to the last tensor that a backward pass needs
 
 
 @pytest.mark.slow
