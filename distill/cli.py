@@ -75,6 +75,11 @@ class _Parser(ArgumentParser):
 def _one_line(message: str, known: list[str]) -> str:
     """A message of jsonargparse, which has several lines, as one: the key, what is accepted, the value."""
     text = " ".join(message.split())
+    union = (
+        r"Does not validate against any of the Union subtypes.*? Errors: - (.*?)(?:\. Got value: \S+)?(?: \[type=.*?)?"
+        r" - Expected a <class 'NoneType'>.* Given value: (.*)$"
+    )
+    text = re.sub(union, r"\1, or null. Got value: \2", text)
     text = re.sub(r"\[type=.*?For further information visit \S+?\.(?= |$)", "", text)
     text = re.sub(r"\d+ validation errors? for \S+ ", "", text).replace("typing.", "")
     text = re.sub(r'^.*?Parser key "([^"]+)":', r"\1:", text)

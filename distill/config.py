@@ -189,7 +189,7 @@ class DivergenceChoice(Section):
     exponent: Annotated[float, Field(allow_inf_nan=False)] | None = Field(None, description="for alpha: h = r^exponent")
     clip: tuple[Positive, Positive] = Field((0.1, 20.0), description="bounds of the estimated ratio")
     normalise: bool = Field(True, description="divide r by its mean in a noise bin, then h by its mean over the batch")
-    bins: Count = Field(10, description="noise bins, equal in the index of the Karras grid")
+    bins: Count = Field(10, description="noise bins, equal in the Karras index; few samples a bin pull r to 1")
     decay: Fraction = Field(0.0, description="of the bins' running means; 0 keeps the present batch only")
 
     @model_validator(mode="after")

@@ -95,14 +95,16 @@ def train(config: schemas.Train, resume: bool, progress: Progress) -> Path:
     accelerator = Accelerator()
     device = accelerator.device
     subject, low, high = checked_subject(config, device)
-    reals = real_samples(config, subject, accelerator)
     heads = untrained_heads(config, subject, device)
+    reals = None if config.real.name == "teacher" else real_samples(config, subject, accelerator)
     share = Share(config.seed, config.batch_size, accelerator.process_index, accelerator.num_processes)
     average = copy.deepcopy(subject.student).requires_grad_(False).to(device)
     run = Run(config, resume, accelerator)
     if accelerator.is_main_process and config.teacher.path is not None:
         _keep_network(pipeline_folder(config.teacher.path), run.folder / NETWORK)
     accelerator.wait_for_everyone()
+    if config.real.name == "teacher":  # long work, begun when nothing is left to refuse
+        reals = real_samples(config, subject, accelerator)
 
     student_denoiser, student_update = _prepare(
         accelerator, subject.student, config.student.optimizer, config.steps, schedule=student_rate
@@ -162,6 +164,8 @@ def checked_subject(config: schemas.Train, device: torch.device) -> tuple[Subjec
     subject = load_subject(config, device)
     low, high = check_range(config.noise.sigma_min, config.noise.sigma_max, subject.sigma_min, subject.sigma_max)
     check_log_normal("fake.noise", config.fake.noise, low, high)
+    if config.real.name == "teacher" and config.real.count < (subject.n_classes or 1):
+        raise ValueError(f"real.count: {config.real.count} is less than one for each of {subject.n_classes} classes")
     return subject, low, high
 
 

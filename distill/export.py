@@ -83,6 +83,10 @@ def load_student_network(run: Path) -> tuple[Any, Any, dict[str, Any], Train]:
     if record.get("command") != "train":
         raise ValueError(f"{run}: is no run folder of `distill train`")
     config = Train.model_validate(record)
+    if config.teacher.name != "pipeline":
+        raise ValueError(
+            f"{run}: is a run of the toy {config.teacher.name}, which is no pipeline; its pictures are in {run}/samples"
+        )
     found = checkpoint.newest(run / "checkpoints")
     if found is None:
         raise ValueError(f"{run}: has no checkpoint yet")

@@ -12,7 +12,8 @@ from distill.experiment import checked_subject, real_samples, untrained_heads
 def plan(config: Train) -> list[str]:
     """What a run would do, as lines: passes and samples, and what its networks are if the teacher is here.
 
-    Everything that `train` would refuse before its first update is refused here.
+    What `train` would refuse about the teacher, the networks and the data is refused here; the run folder is not
+    looked at, and no samples are made.
     """
     lines = [f"{config.steps} updates of {config.batch_size} samples: {config.steps * config.batch_size:,} in all"]
     lines += passes(config)

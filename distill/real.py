@@ -72,7 +72,7 @@ class RealMixture:
     def __call__(self, noise: SampleNoise, cond: Any) -> Tensor:
         u = noise.uniform().to(self._below)
         component = torch.searchsorted(self._below, u).clamp_max(len(self._below) - 1)
-        eps = noise.normal((self._mixture.dim,), self._below.dtype)
+        eps = noise.normal((self._mixture.dim,), self._below.dtype, self._below.device)
         return self._mixture.place(component, eps).to(self._device)
 
 

@@ -67,8 +67,9 @@ def load_subject(config: Train, device: torch.device) -> Subject:
 
 def _toy(config: Train, device: torch.device) -> Subject:
     torch.manual_seed(config.seed)
-    mixture = toy.MIXTURES[config.teacher.name]().to(device)
+    mixture = toy.MIXTURES[config.teacher.name]()
     student, fake = toy.networks(mixture, config.toy)
+    mixture = mixture.to(device)
     shape = (mixture.dim,)
     reference = mixture.sample(PREVIEW_POINTS, generator=torch.Generator(device).manual_seed(0))
 

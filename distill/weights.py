@@ -78,7 +78,7 @@ class RatioWeight(nn.Module):
 
 
 def weight_statistics(h: Tensor) -> dict[str, Tensor]:
-    """Mean, max and effective sample size (sum h)^2 / (B sum h^2) in (0, 1] of a batch of weights [B], each []."""
+    """Mean, max and effective sample size (sum h)^2 / (B sum h^2) in (0, 1] of a process's weights [B], each []."""
     return {
         "weight_mean": h.mean(),
         "weight_max": h.amax(),

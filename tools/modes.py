@@ -28,8 +28,8 @@ class ModeScore:
 def mode_score(samples: Tensor, mixture: GaussianMixture, seed: int = 0) -> ModeScore:
     """Judges samples [N, d] against a mixture of isotropic Gaussians.
 
-    A sample counts for the nearest mode. The distance is to N samples of the mixture, drawn by `seed`; with as many as
-    20,000 on each side its floor is about 0.02 times the mixture's size. Raises ValueError for samples of another
+    A sample counts for the nearest mode. The distance is to N samples of the mixture, drawn by `seed`; with 20,000 on
+    each side its floor is about 0.02 for the ring and the grid. Raises ValueError for samples of another
     dimension or not finite.
     """
     if samples.ndim != 2 or samples.shape[1] != mixture.dim or not bool(samples.isfinite().all()):
