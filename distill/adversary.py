@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import softplus
 
@@ -116,10 +117,11 @@ class _Heads:
         found: list[Tensor] = []
 
         def end(features: list[Tensor]) -> None:
-            logits = self.heads([f[: len(x)] for f in features])
-            found.append(logits.detach())
-            if adversarial:
-                found.extend(torch.autograd.grad(adversarial_loss(logits).sum(), x))
+            with saved_tensors_hooks(_as_it_is, _as_it_is):  # the heads are no part of a block that is run again
+                logits = self.heads([f[: len(x)] for f in features])
+                found.append(logits.detach())
+                if adversarial:
+                    found.extend(torch.autograd.grad(adversarial_loss(logits).sum(), x))
 
         with (
             frozen(self.network, self.heads),
@@ -148,12 +150,12 @@ class _Heads:
             return self.tap.encode(lambda: self.network(*inputs))
 
     def _penalty(self, real: Tensor, of_real: Tensor, of_moved: Sequence[Tensor]) -> Tensor:
-        """gamma / 2 |grad ln r|^2, []."""
+        """|grad ln r|^2 at real samples, []."""
         if self.r1_exact:
             squared = gradient_penalty(of_real, real)
         else:
             squared = difference_penalty(of_real, of_moved[0], DIFFERENCE)
-        return 0.5 * self.r1 * squared.mean()
+        return squared.mean()
 
 
 @dataclass(kw_only=True)
@@ -195,7 +197,7 @@ class TeacherHeads(_Heads):
         if self.r1:
             penalty = self._penalty(real[0], of_real, of_moved)
             metrics["gradient_penalty"] = penalty.detach()
-            loss = loss + penalty
+            loss = loss + 0.5 * self.r1 * penalty
         yield self.weight * loss
         del features, of_fake, of_real, of_moved, loss
 
@@ -237,7 +239,7 @@ class FakeHeads(_Heads):
         if self.r1:
             penalty = self._penalty(real[0], of_real, of_moved)
             metrics["gradient_penalty"] = penalty.detach()
-            loss = loss + penalty
+            loss = loss + 0.5 * self.r1 * penalty
         yield self.weight * loss
         del of_real, of_moved, loss
 
@@ -247,6 +249,10 @@ class FakeHeads(_Heads):
         metrics["discriminator_loss"] = real_loss.detach() + of_student.detach()
         metrics["fake_loss"] = fake_loss.detach()
         yield fake_loss + self.weight * of_student
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 @contextmanager

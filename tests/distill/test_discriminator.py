@@ -485,9 +485,6 @@ def test_gradient_checkpointing_is_left_as_it_was(place: str, already: bool, whe
         assert relative_error(found.pull, pull_of_a_whole_pass(parts, x)) < 1e-10
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the heads' saved tensors are counted to the last block, which checkpointing re-runs"
-)
 @pytest.mark.parametrize("already", [True, False])
 @pytest.mark.parametrize("levels", [None, [0], [3], [0, 1, 2, 3]], ids=str)
 def test_blocks_that_run_again_for_the_pull_do_not_confuse_the_tap(levels: list[int] | None, already: bool) -> None:
@@ -562,7 +559,6 @@ def test_learn_equals_separate_passes_in_value_and_gradient(place: str, r1: floa
     agree(gradients, parts.gradients(expected))
 
 
-@pytest.mark.xfail(strict=True, reason="gradient_penalty is weighted with r1 / 2, the other metrics with nothing")
 @PLACES
 @pytest.mark.parametrize("exact", [True, False])
 def test_the_metrics_with_r1_are_the_terms_without_their_weights(place: str, exact: bool) -> None:
