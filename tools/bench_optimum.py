@@ -111,7 +111,7 @@ def trained_optimum(divergence: FDivergence, learned: bool, seed: int = 0, steps
         level,
         BatchShare(seed),  # type: ignore[arg-type]
         (1,),
-        ratio_weight=RatioWeight(divergence, clip=(1e-4, 1e4), normalise=False),
+        ratio_weight=RatioWeight(divergence, clip=(1e-4, 1e4), bins=1),  # at one level they only change the step size
         weighting=lambda x, denoised, sigma: torch.ones_like(sigma),
         adversary=adversary,
         fake_steps=fake_steps,
