@@ -33,7 +33,7 @@ format: $(READY)
 	$(BIN)/ruff format $(SOURCES)
 	$(BIN)/ruff check --fix $(SOURCES)
 
-bench: $(READY)  ## the numbers that README.md and BENCHMARKS.md quote (about 20 minutes on two idle cores)
+bench: $(READY)  ## the numbers that README.md and BENCHMARKS.md quote (hours; `python -m tools.bench PART` prints one)
 	$(BIN)/python -m tools.bench
 
 clean:
