@@ -22,6 +22,8 @@ from samplers import Denoiser, SampleNoise
 from samplers.denoiser import expand, repeat_conditions
 
 DIFFERENCE = 0.1  # the step of the finite-difference form of R1, in units of the data
+Denoising = Callable[[], Tensor]
+Metrics = dict[str, Tensor]
 
 
 class Comparison(NamedTuple):
@@ -47,13 +49,7 @@ class Adversary(Protocol):
         ...
 
     def learn(
-        self,
-        denoising: Callable[[], Tensor],
-        x0: Tensor,
-        sigma: Tensor,
-        cond: Any,
-        noise: SampleNoise,
-        metrics: dict[str, Tensor],
+        self, denoising: Denoising, x0: Tensor, sigma: Tensor, cond: Any, noise: SampleNoise, metrics: Metrics
     ) -> Iterator[Tensor]:
         """The losses, each [], that a step of the fake score minimises together; one graph lives at a time.
 
@@ -73,13 +69,7 @@ class ScoreOnly:
         return Comparison(fake(x, sigma, cond), target(x, sigma, cond))
 
     def learn(
-        self,
-        denoising: Callable[[], Tensor],
-        x0: Tensor,
-        sigma: Tensor,
-        cond: Any,
-        noise: SampleNoise,
-        metrics: dict[str, Tensor],
+        self, denoising: Denoising, x0: Tensor, sigma: Tensor, cond: Any, noise: SampleNoise, metrics: Metrics
     ) -> Iterator[Tensor]:
         loss = denoising().mean()
         metrics["fake_loss"] = loss.detach()
@@ -149,13 +139,19 @@ class _Heads:
         with _twice_differentiable(bool(self.r1) and self.r1_exact):
             return self.tap.encode(lambda: self.network(*inputs))
 
-    def _penalty(self, real: Tensor, of_real: Tensor, of_moved: Sequence[Tensor]) -> Tensor:
-        """|grad ln r|^2 at real samples, []."""
-        if self.r1_exact:
-            squared = gradient_penalty(of_real, real)
-        else:
-            squared = difference_penalty(of_real, of_moved[0], DIFFERENCE)
-        return squared.mean()
+    def _penalised(
+        self, loss: Tensor, real: Tensor, of_real: Tensor, of_moved: Sequence[Tensor], metrics: Metrics
+    ) -> Tensor:
+        """The weighted loss with its R1 term, []. real: the noised samples; of_real, of_moved: their logits."""
+        if self.r1:
+            if self.r1_exact:
+                squared = gradient_penalty(of_real, real)
+            else:
+                squared = difference_penalty(of_real, of_moved[0], DIFFERENCE)
+            penalty = squared.mean()
+            metrics["gradient_penalty"] = penalty.detach()
+            loss = loss + 0.5 * self.r1 * penalty
+        return self.weight * loss
 
 
 @dataclass(kw_only=True)
@@ -178,13 +174,7 @@ class TeacherHeads(_Heads):
         return Comparison(denoised_fake, denoised_target, logits, pull)
 
     def learn(
-        self,
-        denoising: Callable[[], Tensor],
-        x0: Tensor,
-        sigma: Tensor,
-        cond: Any,
-        noise: SampleNoise,
-        metrics: dict[str, Tensor],
+        self, denoising: Denoising, x0: Tensor, sigma: Tensor, cond: Any, noise: SampleNoise, metrics: Metrics
     ) -> Iterator[Tensor]:
         level = self.level(noise.uniform()).to(x0.device)
         fake = x0 + expand(level, x0) * noise.normal(x0.shape[1:], x0.dtype, x0.device)
@@ -194,11 +184,7 @@ class TeacherHeads(_Heads):
         of_fake, of_real, *of_moved = self.train_heads(features).split(len(x0))
         loss = discriminator_loss(of_real, of_fake).mean()
         metrics["discriminator_loss"] = loss.detach()
-        if self.r1:
-            penalty = self._penalty(real[0], of_real, of_moved)
-            metrics["gradient_penalty"] = penalty.detach()
-            loss = loss + 0.5 * self.r1 * penalty
-        yield self.weight * loss
+        yield self._penalised(loss, real[0], of_real, of_moved, metrics)
         del features, of_fake, of_real, of_moved, loss
 
         fake_loss = denoising().mean()
@@ -223,30 +209,20 @@ class FakeHeads(_Heads):
         return Comparison(denoised_fake, denoised_target, logits, pull)
 
     def learn(
-        self,
-        denoising: Callable[[], Tensor],
-        x0: Tensor,
-        sigma: Tensor,
-        cond: Any,
-        noise: SampleNoise,
-        metrics: dict[str, Tensor],
+        self, denoising: Denoising, x0: Tensor, sigma: Tensor, cond: Any, noise: SampleNoise, metrics: Metrics
     ) -> Iterator[Tensor]:
         # Not through what wraps the networks for several processes: gradients are reduced with the second loss.
         real = self._real(sigma, cond, noise)
         of_real, *of_moved = self.heads(self._encode(real, sigma, cond)).split(len(x0))
-        real_loss = softplus(-of_real).mean()
-        loss = real_loss
-        if self.r1:
-            penalty = self._penalty(real[0], of_real, of_moved)
-            metrics["gradient_penalty"] = penalty.detach()
-            loss = loss + 0.5 * self.r1 * penalty
-        yield self.weight * loss
+        loss = softplus(-of_real).mean()
+        metrics["discriminator_loss"] = loss.detach()
+        yield self._penalised(loss, real[0], of_real, of_moved, metrics)
         del of_real, of_moved, loss
 
         with self.tap.record() as features:
             fake_loss = denoising().mean()
         of_student = softplus(self.train_heads(features)).mean()
-        metrics["discriminator_loss"] = real_loss.detach() + of_student.detach()
+        metrics["discriminator_loss"] = metrics["discriminator_loss"] + of_student.detach()
         metrics["fake_loss"] = fake_loss.detach()
         yield fake_loss + self.weight * of_student
 

@@ -56,25 +56,27 @@ class Tap:
         """
         features: list[Tensor] = []
         image_tokens: list[int] = []
-        grad, done = torch.is_grad_enabled(), False
+        grad, seen, ending = torch.is_grad_enabled(), 0, False
 
         def count(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             image_tokens.append(_image(layer, output, _went_in(args, kwargs)).shape[1])
 
         def hook(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            nonlocal done
-            if done and callable(end):
+            nonlocal seen, ending
+            if ending:
                 return  # a layer that runs again for a backward pass
-            assert len(features) < len(self._layers), "one call of the network is recorded"
-            module, read = self._layers[len(features)]
+            assert seen < len(self._layers), "one call of the network is recorded"
+            module, read = self._layers[seen]
             assert layer is module, "the tapped layers run once each, in their order"
             features.append(read(layer, output, _went_in(args, kwargs), image_tokens[0] if image_tokens else None))
-            if len(features) == len(self._layers):
-                done = True
+            seen += 1
+            if seen == len(self._layers):
                 if end == "call":
                     raise _Stop
                 if callable(end):
+                    ending = True
                     end(features)
+                    ending = False
                     features.clear()
                     torch.set_grad_enabled(False)
 
