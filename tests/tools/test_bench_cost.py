@@ -9,7 +9,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from distill.config import Network
-from tools.bench_cost import Arm, Pass, Sizes, arms, cost_table, counted_passes, flops, peak_bytes
+from tools.bench_arms import Arm, Sizes, arms
+from tools.bench_cost import Pass, cost_table, counted_passes, flops, peak_bytes
 
 K = 2
 TINY = Sizes(batch=4, size=8, network=Network(channels=(8, 8)), fake_steps=K)
