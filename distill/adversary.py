@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import softplus
 
 from distill.discriminator import Discriminator, frozen
 from distill.losses import adversarial_loss, difference_penalty, discriminator_loss, gradient_penalty
@@ -40,7 +39,13 @@ class Comparison(NamedTuple):
 
 
 class Adversary(Protocol):
-    """Compares noised samples of the student with those of the target, at the same noise level."""
+    """Compares noised samples of the student with those of the target, at the same noise level.
+
+    bridges: whether its ratio is that of the target on a path, too, or only that of the teacher.
+    """
+
+    @property
+    def bridges(self) -> bool: ...
 
     def compare(
         self, fake: Denoiser, target: Denoiser, x: Tensor, sigma: Tensor, cond: Any, adversarial: bool
@@ -61,6 +66,8 @@ class Adversary(Protocol):
 
 class ScoreOnly:
     """No discriminator: the fake score alone follows the student."""
+
+    bridges = False
 
     @torch.no_grad()
     def compare(
@@ -84,6 +91,11 @@ class _Heads:
     heads: the discriminator, itself; train_heads: as it is called for its update. reals(noise, cond) -> x0 [B, ...]:
     real samples of those conditions. weight: of the discriminator's loss beside the denoising loss. r1: gamma of the
     penalty gamma / 2 |grad ln r|^2 at real samples (Mescheder et al. 2018), exact or by a finite difference.
+
+    starts: as reals, samples of the first student. Then the heads, of two ratios, estimate ln p / q and ln p_start / q,
+    and on a score interpolation (1 - f) s_start + f s, the geometric bridge of both laws, ln r is f times the one and
+    1 - f times the other, up to a constant at each noise level, which the normalisation of r by its mean there finds.
+    Without R1. Costs the encoder over B samples more in each fake step.
     """
 
     network: nn.Module
@@ -94,9 +106,20 @@ class _Heads:
     weight: float = 1.0
     r1: float = 0.0
     r1_exact: bool = True
+    starts: Callable[[SampleNoise, Any], Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        if self.heads.ratios != (1 if self.starts is None else 2):
+            raise ValueError(f"heads: of {self.heads.ratios} ratios; needed are 2 with samples of a start, 1 without")
+        if self.starts is not None and self.r1:
+            raise ValueError(f"r1: {self.r1}; a bridge has no penalty, accepted is 0")
+
+    @property
+    def bridges(self) -> bool:
+        return self.starts is not None
 
     def _judge(
-        self, denoiser: Denoiser, x: Tensor, sigma: Tensor, cond: Any, adversarial: bool
+        self, denoiser: Denoiser, x: Tensor, sigma: Tensor, cond: Any, adversarial: bool, fraction: float
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """A prediction by `denoiser`, whose pass runs `network`, with the logits and the pull of the same pass.
 
@@ -109,6 +132,8 @@ class _Heads:
         def end(features: list[Tensor]) -> None:
             with saved_tensors_hooks(_as_it_is, _as_it_is):  # the heads are no part of a block that is run again
                 logits = self.heads([f[: len(x)] for f in features])
+                if self.bridges:
+                    logits = torch.lerp(logits[..., 1], logits[..., 0], fraction)
                 found.append(logits.detach())
                 if adversarial:
                     found.extend(torch.autograd.grad(adversarial_loss(logits).sum(), x))
@@ -123,9 +148,13 @@ class _Heads:
         return denoised.detach(), found[0], found[1] if adversarial else None
 
     def _real(self, sigma: Tensor, cond: Any, noise: SampleNoise) -> list[Tensor]:
-        """Real samples noised to sigma [B]; where R1 is a difference, the same ones moved as well."""
+        """Real samples noised to sigma [B]; then, where R1 is a difference, the same ones moved; on a bridge, noised
+        samples of its start."""
         x0 = self.reals(noise, cond)
         real = x0 + expand(sigma, x0) * noise.normal(x0.shape[1:], x0.dtype, x0.device)
+        if self.starts is not None:
+            start = self.starts(noise, cond)
+            return [real, start + expand(sigma, start) * noise.normal(start.shape[1:], start.dtype, start.device)]
         if not self.r1:
             return [real]
         if self.r1_exact:
@@ -170,7 +199,7 @@ class TeacherHeads(_Heads):
     ) -> Comparison:
         with torch.no_grad():
             denoised_fake = fake(x, sigma, cond)
-        denoised_target, logits, pull = self._judge(target, x, sigma, cond, adversarial)
+        denoised_target, logits, pull = self._judge(target, x, sigma, cond, adversarial, _fraction(target))
         return Comparison(denoised_fake, denoised_target, logits, pull)
 
     def learn(
@@ -181,11 +210,13 @@ class TeacherHeads(_Heads):
         real = self._real(level, cond, noise)
         with frozen(self.network), torch.set_grad_enabled(real[0].requires_grad):
             features = self._encode([fake, *real], level, cond)
-        of_fake, of_real, *of_moved = self.train_heads(features).split(len(x0))
-        loss = discriminator_loss(of_real, of_fake).mean()
+        of_fake, of_real, *of_others = self.train_heads(features).split(len(x0))
+        if self.bridges:
+            of_real = torch.stack([of_real[..., 0], of_others[0][..., 1]], -1)  # of each ratio, its own numerator
+        loss = discriminator_loss(of_real, of_fake).mean(0).sum()
         metrics["discriminator_loss"] = loss.detach()
-        yield self._penalised(loss, real[0], of_real, of_moved, metrics)
-        del features, of_fake, of_real, of_moved, loss
+        yield self._penalised(loss, real[0], of_real, of_others, metrics)
+        del features, of_fake, of_real, of_others, loss
 
         fake_loss = denoising().mean()
         metrics["fake_loss"] = fake_loss.detach()
@@ -205,7 +236,7 @@ class FakeHeads(_Heads):
     ) -> Comparison:
         with torch.no_grad():
             denoised_target = target(x, sigma, cond)
-        denoised_fake, logits, pull = self._judge(self.network, x, sigma, cond, adversarial)
+        denoised_fake, logits, pull = self._judge(self.network, x, sigma, cond, adversarial, _fraction(target))
         return Comparison(denoised_fake, denoised_target, logits, pull)
 
     def learn(
@@ -213,18 +244,25 @@ class FakeHeads(_Heads):
     ) -> Iterator[Tensor]:
         # Not through what wraps the networks for several processes: gradients are reduced with the second loss.
         real = self._real(sigma, cond, noise)
-        of_real, *of_moved = self.heads(self._encode(real, sigma, cond)).split(len(x0))
-        loss = softplus(-of_real).mean()
+        of_real, *of_others = self.heads(self._encode(real, sigma, cond)).split(len(x0))
+        if self.bridges:
+            of_real = torch.stack([of_real[..., 0], of_others[0][..., 1]], -1)
+        loss = adversarial_loss(of_real).mean(0).sum()
         metrics["discriminator_loss"] = loss.detach()
-        yield self._penalised(loss, real[0], of_real, of_moved, metrics)
-        del of_real, of_moved, loss
+        yield self._penalised(loss, real[0], of_real, of_others, metrics)
+        del of_real, of_others, loss
 
         with self.tap.record() as features:
             fake_loss = denoising().mean()
-        of_student = softplus(self.train_heads(features)).mean()
+        of_student = adversarial_loss(-self.train_heads(features)).mean(0).sum()
         metrics["discriminator_loss"] = metrics["discriminator_loss"] + of_student.detach()
         metrics["fake_loss"] = fake_loss.detach()
         yield fake_loss + self.weight * of_student
+
+
+def _fraction(target: Denoiser) -> float:
+    """How far on its path a target is; a plain denoiser is at the end."""
+    return getattr(target, "fraction", 1.0)
 
 
 def _as_it_is(tensor: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ import difflib
 import os
 import re
 import sys
+from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
@@ -17,18 +19,22 @@ import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 from pydantic import ValidationError
 
-from distill.config import COMMANDS, SolverName
+from distill.config import COMMANDS, SolverName, Train
 from distill.progress import Progress, is_first
 
 _DESCRIPTION = """One-step students of diffusion models.
 
   distill teach  --config configs/digits-teacher.yaml       train a small teacher
   distill train  --config configs/digits-reverse-kl.yaml    distil it into a one-step student
+  distill degrade --config configs/digits-disback.yaml      record a path for DisBack (train does it if it is missing)
   distill sample RUN_OR_PIPELINE --out grid.png             look at samples
   distill export RUN FOLDER                                 write the student as a diffusers pipeline
 
 Every key of a configuration can be set on the command line: --optimizer.lr 1e-3.
 """
+
+
+_DEGRADE = "Record how the teacher degrades to the first student, for `distill train` to walk back (DisBack)."
 
 
 def main() -> None:
@@ -102,13 +108,13 @@ def _parse(arguments: list[str]) -> tuple[str, Namespace]:
     parser.add_argument("--version", action="version", version=version("distill-diffusion"))
     commands = parser.add_subcommands(dest="subcommand", metavar="COMMAND")
     for name, schema in COMMANDS.items():
-        sub = _Parser(description=schema.__doc__, allow_abbrev=False)
+        sub = _Parser(description=_DEGRADE if name == "degrade" else schema.__doc__, allow_abbrev=False)
         sub.add_argument("--config", action="config", help="a YAML file; options after it override its keys")
         sub.add_argument("--resume", action="store_true", help="continue the run from its last checkpoint")
         if name == "train":
             sub.add_argument("--dry-run", action="store_true", help="say what the run would do, and stop")
         sub.add_class_arguments(schema, as_group=False)
-        commands.add_subcommand(name, sub, help=schema.__doc__)
+        commands.add_subcommand(name, sub, help=sub.description)
     commands.add_subcommand("sample", _sample_parser(), help="Write a grid of samples of a run or a pipeline.")
     commands.add_subcommand("export", _export_parser(), help="Write a student as a diffusers pipeline folder.")
     _check_file(arguments)
@@ -132,7 +138,9 @@ def _check_file(arguments: list[str]) -> None:
         if not isinstance(content, dict):
             raise ValueError(f"--config: {file}: holds no keys")
         named = content.get("command")
-        if isinstance(named, str) and named in COMMANDS and named != arguments[0]:
+        if isinstance(named, str) and named in COMMANDS and named != arguments[0] and arguments[0] in COMMANDS:
+            if (arguments[0], named) == ("degrade", "train"):
+                continue
             raise ValueError(f"--config: {file}: is for `distill {named}`, not for `distill {arguments[0]}`")
 
 
@@ -161,11 +169,14 @@ def _export_parser() -> ArgumentParser:
     return parser
 
 
-def _experiment(arguments: Namespace) -> None:
-    """`distill teach` and `distill train`."""
+def _experiment(command: str, arguments: Namespace) -> None:
+    """`distill teach`, `distill degrade` and `distill train`."""
     values = arguments.as_dict()
     resume, dry_run = values.pop("resume"), values.pop("dry_run", False)
     values.pop("config", None)
+    if command == "degrade":
+        _degrade(values, resume)
+        return
     config = COMMANDS[values["command"]].model_validate(values)
 
     if dry_run:
@@ -175,6 +186,11 @@ def _experiment(arguments: Namespace) -> None:
             _say(line)
         return
 
+    if config.command == "train":
+        from distill.plan import notices
+
+        for line in notices(config):
+            _say(line)
     from distill import experiment
 
     function = {"teach": experiment.teach, "train": experiment.train}[config.command]
@@ -182,6 +198,21 @@ def _experiment(arguments: Namespace) -> None:
         folder = function(config, resume, progress)  # type: ignore[operator]
     _say(f"{folder}")
     _say(f"pictures: {Path(config.run) / 'samples'} and {Path(config.run) / 'curves.png'}")
+
+
+def _degrade(values: dict[str, object], resume: bool) -> None:
+    config = Train.model_validate(values)
+    if config.target.name == "fixed":
+        raise ValueError(
+            "target.name: fixed has no path to record; accepted are warm, nodes, weight-interpolation and "
+            "score-interpolation"
+        )
+    from distill.disback import degrade
+
+    path = degrade(config, resume)
+    _say(f"{path.folder}: {len(path)} nodes, {sum(node.bytes for node in path.nodes):,} bytes ({path.storage})")
+    for k, node in enumerate(path.nodes, start=1):
+        _say(f"node {k}: {node.step} updates, mismatch to the last {node.mismatch:.3f}")
 
 
 def _sample(arguments: Namespace) -> None:
@@ -228,7 +259,10 @@ def _say(line: str) -> None:
         print(line)
 
 
-_COMMANDS = {"teach": _experiment, "train": _experiment, "sample": _sample, "export": _export}
+_COMMANDS: dict[str, Callable[[Namespace], None]] = {name: partial(_experiment, name) for name in COMMANDS} | {
+    "sample": _sample,
+    "export": _export,
+}
 
 if __name__ == "__main__":
     main()

@@ -13,6 +13,7 @@ Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Scale = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 SolverName = Literal["euler", "heun", "ancestral", "dpmpp_2m"]
+ToyName = Literal["two-modes", "ring", "grid"]
 DivergenceName = Literal[
     "reverse-kl",
     "softened-reverse-kl",
@@ -93,16 +94,30 @@ class Logging(Section):
     log_every: Count = Field(10, description="between lines of metrics.jsonl")
     sample_every: Count = Field(100, description="between grids of samples and training curves")
     checkpoint_every: Count = Field(100, description="between checkpoints; the last two are kept")
+    mismatch_every: Count | None = Field(
+        None, description="for train: between measurements of the mismatch to target and teacher; null is none"
+    )
+
+
+class Toy(Section):
+    """The networks of a toy. Where its teacher is exact, the student starts as x = spread z."""
+
+    hidden: Count = Field(64, description="width of the layers")
+    layers: Count = Field(3, description="residual layers")
+    spread: Positive = Field(1.0, description="standard deviation of the first student's samples")
+    affine: bool = Field(False, description="keep the student x = m + s z, so that its law is Gaussian")
 
 
 class Teach(Section):
-    """Train a small class-conditional EDM teacher and save it as a diffusers folder."""
+    """Train a small class-conditional EDM teacher and save it as a diffusers folder; or the network of a toy."""
 
     command: Literal["teach"] = Field("teach", description="what this file is for")
     run: str = Field(description="the run folder")
     seed: Seed = Field(0, description="decides everything random")
+    mixture: ToyName | None = Field(None, description="a toy to learn instead of data, by a network as `toy` says")
     data: Data = Data()
     network: Network = Network()
+    toy: Toy = Toy()
     optimizer: Optimizer = Optimizer()
     sigma_data: Positive = Field(0.5, description="standard deviation of the data")
     sigma_min: Positive = Field(0.01, description="lowest noise level: there D(x, sigma_min) = x")
@@ -122,30 +137,28 @@ class Teach(Section):
 
 
 class TeacherSource(Section):
-    """What is distilled: a diffusion model, or a mixture of Gaussians whose denoiser is exact."""
+    """What is distilled: a diffusion model, or a mixture of Gaussians."""
 
     name: Literal["pipeline", "two-modes", "ring", "grid"] = Field(
-        "pipeline", description="a diffusers model; or an exact toy: 2 modes on a line, 8 on a ring, 5 x 5 on a grid"
+        "pipeline", description="a diffusers model; or a toy: 2 modes on a line, 8 on a ring, 5 x 5 on a grid"
     )
-    path: str | None = Field(None, description="for name: pipeline, a pipeline folder or a run of `distill teach`")
+    path: str | None = Field(
+        None, description="a pipeline folder or a run of `distill teach`; null is a toy's exact denoiser"
+    )
     guidance: Scale = Field(1.0, description="classifier-free guidance scale; 1 is none")
 
     @model_validator(mode="after")
     def _path_fits_name(self) -> Self:
-        if (self.path is not None) != (self.name == "pipeline"):
-            raise ValueError(f"path: {self.path!r} does not go with name: {self.name} (only a pipeline has a path)")
+        if self.path is None and self.name == "pipeline":
+            raise ValueError("path: None does not go with name: pipeline (only a toy can do without)")
         if self.guidance != 1 and self.name != "pipeline":
             raise ValueError(f"guidance: {self.guidance}; a toy has no conditions to guide by")
         return self
 
-
-class Toy(Section):
-    """The networks of a toy, which has no teacher to start from. Its student starts as x = spread z."""
-
-    hidden: Count = Field(64, description="width of the layers")
-    layers: Count = Field(3, description="residual layers")
-    spread: Positive = Field(1.0, description="standard deviation of the first student's samples")
-    affine: bool = Field(False, description="keep the student x = m + s z, so that its law is Gaussian")
+    @property
+    def exact(self) -> bool:
+        """Whether the teacher is no network, but a mixture in closed form."""
+        return self.path is None
 
 
 class Student(Section):
@@ -177,9 +190,56 @@ class StudentNoise(Section):
 
 
 class TargetChoice(Section):
-    """What the student is pulled towards."""
+    """What the student is pulled towards: the teacher, or a path that leads back to it (DisBack)."""
 
-    name: Literal["fixed"] = Field("fixed", description="fixed: the teacher throughout")
+    name: Literal["fixed", "warm", "nodes", "weight-interpolation", "score-interpolation"] = Field(
+        "fixed",
+        description="fixed: the teacher throughout; the others start from a fake score that fits the first student, "
+        "and pull to the teacher at once (warm) or first to what lies between, as the name says",
+    )
+    path: str | None = Field(None, description="folder of the degradation path; null is RUN/path, made if missing")
+    updates: Count = Field(50, description="updates before the teacher is the target; 10 to 15 % of the run")
+    schedule: Literal["fixed", "adaptive"] = Field(
+        "fixed", description="even; or on as soon as the mismatch has halved since the last switch, even at the latest"
+    )
+    stages: Count = Field(5, description="of an adaptive interpolation")
+    ratio: Literal["teacher", "bridge"] = Field(
+        "teacher",
+        description="teacher: a divergence weights from the teacher on; bridge: on the way too, by a second ratio "
+        "to the first student's samples (score-interpolation)",
+    )
+
+    @model_validator(mode="after")
+    def _bridge_needs_score_interpolation(self) -> Self:
+        if self.ratio == "bridge" and self.name != "score-interpolation":
+            raise ValueError(
+                f"ratio: bridge does not go with name: {self.name}; the ratio on the way is known for "
+                "score-interpolation"
+            )
+        return self
+
+    @property
+    def moves(self) -> bool:
+        """Whether the target is not the teacher from the first update on."""
+        return self.name not in ("fixed", "warm")
+
+
+class Degradation(Section):
+    """DisBack's first stage: a copy of the teacher learns the first student's samples, and is kept on the way."""
+
+    optimizer: Optimizer = Optimizer(lr=1e-3, betas=(0.0, 0.99), schedule="constant")
+    steps: Count = Field(400, description="updates at most")
+    check_every: Count = Field(25, description="updates between looks at the loss of a fixed batch")
+    tolerance: Fraction = Field(0.02, description="the relative fall of that loss below which a look is in vain")
+    patience: Count = Field(2, description="looks in vain, one after the other, that end the stage")
+    nodes: Annotated[int, Field(ge=1)] = Field(5, description="networks that are kept, the last one among them")
+    spacing: Literal["mismatch", "steps"] = Field(
+        "mismatch", description="of the nodes: equal in mismatch to the last one, or in the logarithm of the step"
+    )
+    storage: Literal["full", "half", "low-rank"] = Field(
+        "full", description="a node as a full copy, or as its difference to the teacher in float16, or of low rank"
+    )
+    rank: Count = Field(8, description="for low-rank")
 
 
 class DivergenceChoice(Section):
@@ -244,6 +304,7 @@ class Train(Section):
     fake: Fake = Fake()
     noise: StudentNoise = StudentNoise()
     target: TargetChoice = TargetChoice()
+    degradation: Degradation = Degradation()
     divergence: DivergenceChoice = DivergenceChoice()
     discriminator: DiscriminatorChoice = DiscriminatorChoice()
     adversarial_weight: Scale = Field(0.0, description="of the generator term softplus(-ln r); 0 is none")
@@ -264,9 +325,71 @@ class Train(Section):
                 f"divergence.name: {self.divergence.name} weights by a ratio, whose discriminator needs real samples "
                 "(real.name: data or teacher)"
             )
-        if self.discriminator.features == "teacher" and self.teacher.name != "pipeline" and self.real.name != "none":
-            raise ValueError("discriminator.features: teacher; a toy teacher has no network, accepted is fake")
+        if self.discriminator.features == "teacher" and self.teacher.exact and self.real.name != "none":
+            raise ValueError("discriminator.features: teacher; an exact teacher has no network, accepted is fake")
         return self
 
+    @model_validator(mode="after")
+    def _path_fits(self) -> Self:
+        target = self.target
+        if target.moves and target.updates >= self.steps:
+            raise ValueError(
+                f"target.updates: {target.updates} do not leave an update of steps: {self.steps} for the teacher"
+            )
+        if target.name == "nodes" and target.updates < self.degradation.nodes - 1:
+            raise ValueError(
+                f"target.updates: {target.updates} are less than one for each of the {self.degradation.nodes - 1} "
+                f"targets between degradation.nodes: {self.degradation.nodes} and the teacher"
+            )
+        if target.name in ("nodes", "weight-interpolation") and self.teacher.exact:
+            raise ValueError(
+                f"target.name: {target.name}; an exact teacher has no weights, accepted are fixed, warm and "
+                "score-interpolation (or a teacher.path of a toy's network)"
+            )
+        if target.ratio == "bridge" and (self.real.name == "none" or self.divergence.constant):
+            raise ValueError(
+                f"target.ratio: bridge; needed are real samples (real.name: {self.real.name}) and a divergence that "
+                f"weights (divergence.name: {self.divergence.name})"
+            )
+        return self
 
-COMMANDS: dict[str, type[Teach] | type[Train]] = {"teach": Teach, "train": Train}
+    @property
+    def path(self) -> str:
+        """The folder of the degradation path."""
+        return self.target.path or f"{self.run}/path"
+
+    def first_stage(self) -> "Degrade":
+        """What decides the degradation path, of all that decides this run."""
+        return Degrade(
+            run=self.path,
+            seed=self.seed,
+            teacher=self.teacher.model_copy(update={"guidance": 1.0}),
+            toy=self.toy,
+            sigma_init=self.student.sigma_init,
+            noise=self.fake.noise,
+            sigma_min=self.noise.sigma_min,
+            sigma_max=self.noise.sigma_max,
+            degradation=self.degradation,
+            batch_size=self.batch_size,
+            logging=self.logging,
+        )
+
+
+class Degrade(Section):
+    """Record how the teacher degrades to a first student: what a path's own configuration says."""
+
+    command: Literal["degrade"] = Field("degrade", description="what this file is for")
+    run: str = Field(description="the folder of the path")
+    seed: Seed = Field(description="decides everything random")
+    teacher: TeacherSource
+    toy: Toy
+    sigma_init: Positive = Field(description="noise level of the student's input")
+    noise: LogNormal = Field(description="noise levels of the denoising loss")
+    sigma_min: Positive | None = Field(description="lowest level; null is the teacher's")
+    sigma_max: Positive | None = Field(description="highest level; null is the teacher's")
+    degradation: Degradation
+    batch_size: Count = Field(description="samples per update, over all processes")
+    logging: Logging
+
+
+COMMANDS: dict[str, type[Teach] | type[Train]] = {"teach": Teach, "degrade": Train, "train": Train}

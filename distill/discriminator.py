@@ -16,14 +16,14 @@ _SMALL = 4  # height and width from which a map is read as a whole
 
 
 class Head(nn.Module):
-    """Features [B, C, ...] -> one logit [B].
+    """Features [B, C, ...] -> logits [B, outputs].
 
     Maps [B, C, H, W] are halved by convolutions down to 4 pixels and read whole; tokens [B, C, N] pass through a layer,
     normalised over all of them, and are averaged; vectors [B, C] pass through a layer. `example` is a batch of features
     of the size to come.
     """
 
-    def __init__(self, example: Tensor) -> None:
+    def __init__(self, example: Tensor, outputs: int = 1) -> None:
         super().__init__()
         channels, size = example.shape[1], example.shape[2:]
         layers: list[nn.Module] = []
@@ -42,12 +42,12 @@ class Head(nn.Module):
             raise ValueError(
                 f"discriminator: features of shape {list(example.shape)}; read are [B, C], [B, C, N], maps"
             )
-        self.layers = nn.Sequential(*layers, nn.SiLU(), nn.Linear(channels, 1))
+        self.layers = nn.Sequential(*layers, nn.SiLU(), nn.Linear(channels, outputs))
         nn.init.zeros_(self.layers[-1].weight)  # type: ignore[arg-type]  # ln r = 0: no opinion before training
         nn.init.zeros_(self.layers[-1].bias)  # type: ignore[arg-type]
 
     def forward(self, features: Tensor) -> Tensor:
-        return self.layers(features)[:, 0]
+        return self.layers(features)
 
 
 def _norm(channels: int) -> nn.Module:
@@ -56,15 +56,20 @@ def _norm(channels: int) -> nn.Module:
 
 
 class Discriminator(nn.Module):
-    """Logits [B, heads] of a list of features, one head for each; `examples` are features of the sizes to come."""
+    """Logits [B, heads] of a list of features, one head for each; `examples` are features of the sizes to come.
 
-    def __init__(self, examples: Sequence[Tensor]) -> None:
+    ratios: several ratios are estimated side by side, by as many outputs of each head: logits [B, heads, ratios].
+    """
+
+    def __init__(self, examples: Sequence[Tensor], ratios: int = 1) -> None:
         super().__init__()
-        self.heads = nn.ModuleList(Head(example) for example in examples)
+        self.ratios = ratios
+        self.heads = nn.ModuleList(Head(example, ratios) for example in examples)
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         dtype = next(self.parameters()).dtype
-        return torch.stack([head(f.to(dtype)) for head, f in zip(self.heads, features, strict=True)], dim=1)
+        logits = torch.stack([head(f.to(dtype)) for head, f in zip(self.heads, features, strict=True)], dim=1)
+        return logits[..., 0] if self.ratios == 1 else logits
 
 
 def log_ratio(logits: Tensor) -> Tensor:

@@ -1,4 +1,7 @@
-"""From a configuration to the objects that it names: the commands `teach` and `train` as functions."""
+"""From a configuration to the objects that it names: the commands `teach` and `train` as functions.
+
+`degrade`, and what a run of DisBack needs besides, is in `distill.disback`.
+"""
 
 import copy
 from collections.abc import Callable
@@ -10,26 +13,26 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from distill import checkpoint, data, divergences, pictures
+from distill import checkpoint, data, disback, divergences, pictures, toy
 from distill import config as schemas
 from distill.adversary import Adversary, FakeHeads, ScoreOnly, TeacherHeads
 from distill.atomic import atomic_write
 from distill.card import teacher_card
 from distill.discriminator import Discriminator
 from distill.export import save_pipeline, teacher_scheduler
-from distill.noise import Share, check_log_normal, check_range, karras_level, log_normal_level
-from distill.optim import Update, adamw, learning_rate, student_rate
+from distill.noise import Share, check_log_normal, karras_level, log_normal_level
+from distill.optim import prepare, student_rate
 from distill.pretrain import Pretrainer, build_unet
 from distill.real import RealImages, RealMixture, teacher_samples
 from distill.run import Run, drive
 from distill.student import OneStep
-from distill.subject import Subject, load_subject, preview_start
+from distill.subject import Subject, checked_subject, preview_start, sampled, toy_preview
 from distill.taps import Tap
-from distill.targets import Fixed
+from distill.targets import Backtracking
 from distill.teacher import FACTS, pipeline_folder
 from distill.trainer import Trainer, by_distance, by_level
 from distill.weights import RatioWeight
-from samplers import Denoiser, NetworkDenoiser, SampleNoise, denoiser_from, heun, karras_sigmas, sample
+from samplers import NetworkDenoiser, SampleNoise, denoiser_from
 from samplers.schedules import karras_index
 
 Progress = Callable[[int, dict[str, float]], None]
@@ -39,37 +42,49 @@ Reals = Callable[[SampleNoise, Any], Tensor]
 
 
 def teach(config: schemas.Teach, resume: bool, progress: Progress) -> Path:
-    """Trains a teacher as the configuration says and returns its pipeline folder, RUN/model."""
-    images = _images(config.data)
+    """Trains a teacher as the configuration says and returns its folder, RUN/model: a pipeline, or a toy's network."""
+    mixture = None if config.mixture is None else toy.MIXTURES[config.mixture]()
+    images = _images(config.data) if mixture is None else toy.points(mixture, config.seed)
     accelerator = Accelerator()
     device = accelerator.device
     share = Share(config.seed, config.batch_size, accelerator.process_index, accelerator.num_processes)
     n_classes = len(images.classes) or None
-    check_log_normal("noise", config.noise, config.sigma_min, config.sigma_max)
-    scheduler = teacher_scheduler(config.sigma_data, config.sigma_min, config.sigma_max)
+    low, high = (config.sigma_min, config.sigma_max) if mixture is None else (toy.SIGMA_MIN, toy.SIGMA_MAX)
+    check_log_normal("noise", config.noise, low, high)
+    scheduler = teacher_scheduler(config.sigma_data, low, high)
     torch.manual_seed(config.seed)
-    network = denoiser_from(
-        build_unet(config.network, config.data.size, config.data.channels, n_classes), scheduler
-    ).to(device)
+    if mixture is None:
+        network = denoiser_from(
+            build_unet(config.network, config.data.size, config.data.channels, n_classes), scheduler
+        ).to(device)
+    else:
+        spread = toy.standard_deviation(mixture)
+        network = toy.denoiser(mixture.dim, config.toy.hidden, config.toy.layers, spread).to(device)
     average = copy.deepcopy(network).requires_grad_(False).eval()
     run = Run(config, resume, accelerator)
 
-    denoiser, update = _prepare(accelerator, network, config.optimizer, config.steps)
+    denoiser, update = prepare(accelerator, network, config.optimizer, config.steps)
     denoiser.train()
-    level = partial(log_normal_level, config=config.noise, sigma_min=config.sigma_min, sigma_max=config.sigma_max)
     pretrainer = Pretrainer(
         denoiser,
         update,
         images,
-        level,
+        partial(log_normal_level, config=config.noise, sigma_min=low, sigma_max=high),
         share,
         average=(average, network, config.ema),
         null_label=n_classes,
         label_dropout=config.label_dropout if n_classes else 0.0,
-        sigma_data=config.sigma_data,
+        sigma_data=network.sigma_data,
         device=device,
     )
     shape = tuple(images.images.shape[1:])
+
+    def preview(path: Path) -> None:
+        generate = sampled(average)
+        if mixture is not None:
+            return toy_preview(mixture.to(device), device)(generate, path)
+        return pictures.save_grid(generate(*preview_start(shape, n_classes, device)), path)
+
     drive(
         run,
         pretrainer,
@@ -77,15 +92,18 @@ def teach(config: schemas.Teach, resume: bool, progress: Progress) -> Path:
         config.logging,
         {"teacher": network, "average": average},
         {"teacher": update.optimizer},
-        lambda path: pictures.save_grid(preview_teacher(average, shape, n_classes, device), path),
+        preview,
         config.seed,
         progress,
     )
     folder = run.folder / "model"
     if accelerator.is_main_process:
-        classes = list(images.classes)
-        facts = {"kind": "teacher", "classes": classes, "null_label": n_classes}
-        save_pipeline(folder, average.network, scheduler, facts, teacher_card(config, classes))
+        if config.mixture is not None:
+            toy.save_denoiser(folder, average, config.mixture, config.toy)
+        else:
+            classes = list(images.classes)
+            facts = {"kind": "teacher", "classes": classes, "null_label": n_classes}
+            save_pipeline(folder, average.network, scheduler, facts, teacher_card(config, classes))
     accelerator.wait_for_everyone()
     return folder
 
@@ -99,19 +117,24 @@ def train(config: schemas.Train, resume: bool, progress: Progress) -> Path:
     reals = None if config.real.name == "teacher" else real_samples(config, subject, accelerator)
     share = Share(config.seed, config.batch_size, accelerator.process_index, accelerator.num_processes)
     average = copy.deepcopy(subject.student).requires_grad_(False).to(device)
+    walked = disback.recorded_path(config, subject)
     run = Run(config, resume, accelerator)
     if accelerator.is_main_process and config.teacher.path is not None:
-        _keep_network(pipeline_folder(config.teacher.path), run.folder / NETWORK)
+        _keep_teacher(config, run.folder / NETWORK)
     accelerator.wait_for_everyone()
     if config.real.name == "teacher":  # long work, begun when nothing is left to refuse
         reals = real_samples(config, subject, accelerator)
+    if walked is None and config.target.name != "fixed":
+        walked = disback.degrade(config)
+    starts = disback.start_samples(config, subject, device)
+    target = disback.target(config, subject, walked, accelerator)
 
-    student_denoiser, student_update = _prepare(
+    student_denoiser, student_update = prepare(
         accelerator, subject.student, config.student.optimizer, config.steps, schedule=student_rate
     )
     fake_steps = config.steps * config.fake.steps
     trained_heads = None if heads is None else accelerator.prepare(heads)
-    fake_denoiser, fake_update = _prepare(
+    fake_denoiser, fake_update = prepare(
         accelerator, subject.fake, config.fake.optimizer, fake_steps, heads=trained_heads, lr=config.discriminator.lr
     )
     student_level = partial(karras_level, config=config.noise, sigma_min=low, sigma_max=high)
@@ -119,7 +142,9 @@ def train(config: schemas.Train, resume: bool, progress: Progress) -> Path:
     adversary: Adversary = ScoreOnly()
     if heads is not None and reals is not None and trained_heads is not None:
         modules["discriminator"] = heads
-        adversary = _adversary(config, subject, heads, trained_heads, reals, student_level)
+        adversary = _adversary(config, subject, heads, trained_heads, reals, starts, student_level)
+    if isinstance(target, Backtracking):
+        modules["target"] = target
     ratio_weight = None
     if not config.divergence.constant:
         modules["ratio_weight"] = ratio_weight = _ratio_weight(config, low, high, accelerator)
@@ -127,7 +152,7 @@ def train(config: schemas.Train, resume: bool, progress: Progress) -> Path:
     trainer = Trainer(
         OneStep(student_denoiser, config.student.sigma_init),
         fake_denoiser,
-        Fixed(subject.target),
+        target,
         student_update,
         fake_update,
         student_level=student_level,
@@ -145,6 +170,10 @@ def train(config: schemas.Train, resume: bool, progress: Progress) -> Path:
         device=device,
     )
     student = OneStep(average, config.student.sigma_init)
+    measure = None
+    if config.logging.mismatch_every is not None:
+        denoisers = {"target": target, "teacher": subject.target, "fake": subject.fake}
+        measure = partial(disback.measured, config, subject, denoisers, (low, high), device)
     drive(
         run,
         trainer,
@@ -155,18 +184,9 @@ def train(config: schemas.Train, resume: bool, progress: Progress) -> Path:
         lambda path: subject.preview(student, path),
         config.seed,
         progress,
+        measure,
     )
     return run.folder
-
-
-def checked_subject(config: schemas.Train, device: torch.device) -> tuple[Subject, float, float]:
-    """The subject and the range of noise levels, both found good before anything is written."""
-    subject = load_subject(config, device)
-    low, high = check_range(config.noise.sigma_min, config.noise.sigma_max, subject.sigma_min, subject.sigma_max)
-    check_log_normal("fake.noise", config.fake.noise, low, high)
-    if config.real.name == "teacher" and config.real.count < (subject.n_classes or 1):
-        raise ValueError(f"real.count: {config.real.count} is less than one for each of {subject.n_classes} classes")
-    return subject, low, high
 
 
 def real_samples(config: schemas.Train, subject: Subject, accelerator: Accelerator) -> Reals | None:
@@ -197,7 +217,7 @@ def untrained_heads(config: schemas.Train, subject: Subject, device: torch.devic
             "read are networks with one (images, not the frames of a video)"
         )
     torch.manual_seed(config.seed)
-    return Discriminator(features).to(device)
+    return Discriminator(features, ratios=2 if config.target.ratio == "bridge" else 1).to(device)
 
 
 def _tapped(config: schemas.Train, subject: Subject) -> tuple[NetworkDenoiser, Tap]:
@@ -213,6 +233,7 @@ def _adversary(
     heads: Discriminator,
     train_heads: Callable[..., Tensor],
     reals: Reals,
+    starts: Reals | None,
     level: Callable[[Tensor], Tensor],
 ) -> Adversary:
     choice = config.discriminator
@@ -223,6 +244,7 @@ def _adversary(
         "heads": heads,
         "train_heads": train_heads,
         "reals": reals,
+        "starts": starts,
         "weight": choice.weight,
         "r1": choice.r1,
         "r1_exact": choice.r1_form == "exact",
@@ -248,46 +270,30 @@ def _ratio_weight(config: schemas.Train, low: float, high: float, accelerator: A
     ).to(accelerator.device)
 
 
-def preview_teacher(denoiser: Denoiser, shape: tuple[int, ...], n_classes: int | None, device: torch.device) -> Tensor:
-    """A grid of a denoiser's samples by 18 Heun steps, one column a class, [N, C, H, W]."""
-    z, labels = preview_start(shape, n_classes, device)
-    sigmas = karras_sigmas(18, denoiser.sigma_min, denoiser.sigma_max)  # type: ignore[attr-defined]
-    return sample(heun, denoiser, sigmas[0] * z, sigmas, labels)
-
-
-def _prepare(
-    accelerator: Accelerator,
-    network: nn.Module,
-    optimizer: schemas.Optimizer,
-    steps: int,
-    schedule: Callable[..., float] = learning_rate,
-    heads: nn.Module | None = None,
-    lr: float | None = None,
-) -> tuple[nn.Module, Update]:
-    """A network ready for any number of processes, and its update; of `heads` with peak learning rate `lr` too."""
-    network.to(accelerator.device)
-    prepared, prepared_optimizer = accelerator.prepare(network, adamw(network, optimizer, heads, lr))
-    rate = partial(schedule, optimizer, steps=steps)
-    return prepared, Update(prepared_optimizer, rate, optimizer.clip, accelerator.backward)
-
-
 def _images(config: schemas.Data) -> data.Images:
     if config.name == "digits":
         return data.digits("train")
     return data.folder(str(config.path), config.size, config.channels)
 
 
-def _keep_network(teacher_folder: Path, folder: Path) -> None:
+def _keep_teacher(config: schemas.Train, folder: Path) -> None:
     """Copies the teacher's configuration, so that a run can be exported when its teacher is gone, and its hash.
 
     Raises ValueError where a resumed run began with another teacher.
     """
-    weights = sorted((teacher_folder / "unet").glob("*.safetensors"))
+    path = str(config.teacher.path)
+    names: tuple[str, ...] = ()
+    if config.teacher.name == "pipeline":
+        source = pipeline_folder(path)
+        weights, names = sorted((source / "unet").glob("*.safetensors")), (*_DESCRIPTION, FACTS)
+    else:
+        source = toy.teacher_folder(path)
+        weights = sorted(source.glob("*.safetensors"))
     identity = " ".join(checkpoint.sha256(file) for file in weights).encode()
     known = folder / "teacher.sha256"
     if known.is_file() and known.read_bytes() != identity:
-        raise ValueError(f"--resume: the weights in {teacher_folder} are not those that this run began with")
-    kept = {name: teacher_folder / name for name in (*_DESCRIPTION, FACTS)}
+        raise ValueError(f"--resume: the weights in {source} are not those that this run began with")
+    kept = {name: source / name for name in names}
     contents = {name: file.read_bytes() for name, file in kept.items() if file.is_file()} | {known.name: identity}
     for name, content in contents.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)

@@ -40,7 +40,10 @@ def distribution_matching_loss(x: Tensor, denoised_fake: Tensor, denoised_target
 
 
 def adversarial_loss(logits: Tensor) -> Tensor:
-    """The non-saturating loss of a generator, [B]: the mean over heads of softplus(-logit), logits [B, heads]."""
+    """The non-saturating loss of a generator, [B]: the mean over heads of softplus(-logit), logits [B, heads].
+
+    Logits [B, heads, ratios] give [B, ratios], here and in `discriminator_loss`.
+    """
     return softplus(-logits).mean(1)
 
 

@@ -12,6 +12,8 @@ from samplers.schedules import karras_sigma
 
 GENERATION = 1  # the stream of SampleNoise that images are made from; training draws from stream 0
 TEACHER_SAMPLES = 2  # of the teacher's samples that a discriminator takes for real
+DEGRADATION, PROBE = 3, 4  # of the first stage of DisBack, and of the batch that it is judged by
+MISMATCH = 5  # of the samples whose law a mismatch is measured at
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,7 @@ class Share:
     batch_size: int
     rank: int = 0
     processes: int = 1
+    stream: int = 0
 
     def __post_init__(self) -> None:
         if self.batch_size % self.processes:
@@ -38,7 +41,7 @@ class Share:
 
     def noise(self, batch: int) -> SampleNoise:
         """The streams of those samples."""
-        return SampleNoise(self.seed, self.numbers(batch))
+        return SampleNoise(self.seed, self.numbers(batch), self.stream)
 
 
 def karras_level(u: Tensor, config: StudentNoise, sigma_min: float, sigma_max: float) -> Tensor:

@@ -2,8 +2,10 @@
 
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -45,6 +47,22 @@ def student_rate(config: OptimizerConfig, step: int, steps: int) -> float:
     divides by their size, would make a full step in a random direction of them.
     """
     return learning_rate(config, step, steps) if step else 0.0
+
+
+def prepare(
+    accelerator: Accelerator,
+    network: nn.Module,
+    optimizer: OptimizerConfig,
+    steps: int,
+    schedule: Callable[..., float] = learning_rate,
+    heads: nn.Module | None = None,
+    lr: float | None = None,
+) -> "tuple[nn.Module, Update]":
+    """A network ready for any number of processes, and its update; of `heads` with peak learning rate `lr` too."""
+    network.to(accelerator.device)
+    prepared, prepared_optimizer = accelerator.prepare(network, adamw(network, optimizer, heads, lr))
+    rate = partial(schedule, optimizer, steps=steps)
+    return prepared, Update(prepared_optimizer, rate, optimizer.clip, accelerator.backward)
 
 
 class Update:

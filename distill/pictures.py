@@ -2,6 +2,7 @@
 
 import json
 import math
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -53,11 +54,15 @@ def save_points(points: Tensor, reference: Tensor, path: Path) -> None:
 
 
 def save_curves(metrics_file: Path, path: Path) -> None:
-    """Draws every metric of a metrics.jsonl against the step, one panel each, four to a row, as one PNG."""
+    """Draws every metric of a metrics.jsonl against the step, one panel each, four to a row, as one PNG.
+
+    Where the lines have a `node`, dotted lines mark the switches of the target.
+    """
     from matplotlib.figure import Figure
 
     lines = [json.loads(line) for line in metrics_file.read_text().splitlines()]
-    names = [name for name in lines[0] if name not in ("step", "seconds")]
+    names = list(dict.fromkeys(name for line in lines for name in line if name not in ("step", "seconds")))
+    switches = node_switches(lines)
     columns = min(4, len(names))
     rows = math.ceil(len(names) / columns)
     figure = Figure(figsize=(4.5 * columns, 3.2 * rows), layout="constrained")
@@ -65,14 +70,23 @@ def save_curves(metrics_file: Path, path: Path) -> None:
     for axes in panels[len(names) :]:
         axes.set_axis_off()
     for axes, name in zip(panels, names, strict=False):
-        values = [line[name] for line in lines]
-        axes.plot([line["step"] for line in lines], values, linewidth=1)
+        points = [(line["step"], line[name]) for line in lines if name in line]
+        steps, values = zip(*points, strict=True)
+        axes.plot(steps, values, linewidth=1, marker="." if len(points) < 10 else None)
+        for step in switches:
+            axes.axvline(step, color="grey", linewidth=0.8, linestyle=":")
         axes.set_title(name.replace("_", " "))
         axes.set_xlabel("step")
         axes.grid(alpha=0.3)
         if min(values) > 0:
             axes.set_yscale("log")
     _write_figure(figure, path)
+
+
+def node_switches(lines: list[dict[str, float]]) -> list[float]:
+    """The steps at which a run's target has become another one: the node, rounded up, is another than a line before."""
+    nodes = [(line["step"], math.ceil(line["node"])) for line in lines if "node" in line]
+    return [after[0] for before, after in pairwise(nodes) if before[1] != after[1]]
 
 
 def to_uint8(images: Tensor) -> Tensor:

@@ -6,7 +6,8 @@ import torch
 from accelerate import Accelerator
 
 from distill.config import Train
-from distill.experiment import checked_subject, real_samples, untrained_heads
+from distill.experiment import real_samples, untrained_heads
+from distill.subject import checked_subject
 
 
 def plan(config: Train) -> list[str]:
@@ -16,7 +17,7 @@ def plan(config: Train) -> list[str]:
     looked at, and no samples are made.
     """
     lines = [f"{config.steps} updates of {config.batch_size} samples: {config.steps * config.batch_size:,} in all"]
-    lines += passes(config)
+    lines += [*passes(config), *notices(config)]
     if config.teacher.path is not None and not Path(config.teacher.path).exists():
         return [*lines, f"teacher: {config.teacher.path} is not here, so the networks were not built"]
     device = torch.device("cpu")
@@ -29,6 +30,20 @@ def plan(config: Train) -> list[str]:
         if network is not None:
             lines.append(f"{name}: {sum(p.numel() for p in network.parameters()):,} parameters")
     return lines
+
+
+def notices(config: Train) -> list[str]:
+    """What a user should know of a run before it begins: what waits for the teacher to be the target."""
+    target, waiting = config.target, []
+    if not target.moves:
+        return []
+    if config.adversarial_weight:
+        waiting.append("the adversarial term")
+    if not config.divergence.constant and target.ratio != "bridge":
+        waiting.append(f"the weights of {config.divergence.name}")
+    latest = " at the latest" if target.schedule == "adaptive" else ""
+    lines = [f"target: {target.name} for {target.updates} updates{latest}, then the teacher; path: {config.path}"]
+    return [*lines, f"{' and '.join(waiting)} wait for the teacher (until then h = 1)"] if waiting else lines
 
 
 def passes(config: Train) -> list[str]:

@@ -110,27 +110,38 @@ def drive(
     preview: Callable[[Path], None],
     seed: int,
     progress: Callable[[int, dict[str, float]], None],
-) -> None:
-    """Runs a stepper from where the run stands to `steps`, and writes everything that the run folder holds.
+    measure: Callable[[], dict[str, float]] | None = None,
+    stop: Callable[[int], bool] = lambda done: False,
+) -> int:
+    """Runs a stepper from where the run stands to `steps`, writes everything that the run folder holds, and returns
+    the updates that are done.
 
     modules, optimizers: the state that checkpoints keep. preview(path): draws the present state. progress(step,
-    metrics) is called once an interval. Between intervals nothing is copied from the device. Raises FloatingPointError,
-    naming the step, for a metric or a weight that is not finite; the last checkpoint is then from before it.
+    metrics) is called once an interval. measure(): what `logging.mismatch_every` asks for. stop(done): whether to end
+    before `steps`, a function of what checkpoints keep. Between intervals nothing is copied from the device. Raises
+    FloatingPointError, naming the step, for a metric or a weight that is not finite; the last checkpoint is then from
+    before it.
     """
-    start = run.restore(modules, optimizers)
+    start = done = run.restore(modules, optimizers)
     accelerator = run.accelerator
     updates = train(stepper, steps, start)
     waiting: list[dict[str, Tensor]] = []
     for n in range(start, steps):
+        if stop(done):
+            break
         # Dropout is the only user of the global generator; like all other noise it is a function of the step.
         torch.manual_seed((seed << 32) + n * accelerator.num_processes + accelerator.process_index)
         waiting.append(next(updates))
 
-        done, last = n + 1, n + 1 == steps
-        if last or any(done % every == 0 for every in (logging.log_every, logging.checkpoint_every)):
+        done = n + 1
+        last = done == steps or stop(done)
+        measures = measure is not None and done % (logging.mismatch_every or steps) == 0
+        if last or measures or any(done % every == 0 for every in (logging.log_every, logging.checkpoint_every)):
             values = _means(waiting, done, accelerator, run.folder)
             waiting = []
             if accelerator.is_main_process:
+                if measures and measure is not None:
+                    values |= measure()
                 run.record(done, values)
                 progress(done, values)
         saves = last or done % logging.checkpoint_every == 0
@@ -143,18 +154,24 @@ def drive(
             if accelerator.is_main_process:
                 checkpoint.save(run.folder / "checkpoints", done, modules, optimizers)
             accelerator.wait_for_everyone()
+    return done
 
 
 def _means(waiting: list[dict[str, Tensor]], done: int, accelerator: Accelerator, folder: Path) -> dict[str, float]:
-    """The mean of each metric over the interval and the processes: one copy from the device."""
-    names = list(waiting[0])
-    table = torch.stack([torch.stack([metrics[name].float() for name in names]) for metrics in waiting])
+    """The mean of each metric over those steps of the interval that have it, and the processes: one copy from the
+    device. All processes have the same metrics at a step."""
+    names = list(dict.fromkeys(name for metrics in waiting for name in metrics))
+    missing = torch.zeros(())
+    rows = [[metrics[n].float() if n in metrics else missing for n in names] for metrics in waiting]
+    device = next(iter(waiting[0].values())).device
+    table = torch.stack([torch.stack([value.to(device) for value in row]) for row in rows])
     table = accelerator.reduce(table, reduction="mean").cpu()
     for row, values in enumerate(table):
         if not bool(values.isfinite().all()):
             name, value = next((n, v) for n, v in zip(names, values.tolist(), strict=True) if not abs(v) < float("inf"))
             raise _not_finite(f"{name} is {value}", done - len(table) + row + 1, folder)
-    return dict(zip(names, table.mean(0).tolist(), strict=True))
+    counts = [sum(name in metrics for metrics in waiting) for name in names]
+    return {name: total / n for name, total, n in zip(names, table.sum(0).tolist(), counts, strict=True)}
 
 
 def _check_weights(modules: dict[str, nn.Module], done: int, folder: Path) -> None:

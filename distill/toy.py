@@ -3,14 +3,21 @@
 Everything but the networks is known in closed form: the denoiser, the density at every noise level, the modes.
 """
 
+import json
 import math
+import os
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from distill.config import Toy
+from distill.data import Images
 from samplers import GaussianMixture, NetworkDenoiser
 from samplers.adapters import EDM
 
@@ -106,11 +113,72 @@ def networks(mixture: GaussianMixture, config: Toy) -> tuple[nn.Module, NetworkD
     """An untrained student, and an untrained fake score preconditioned for the mixture's standard deviation."""
     scale = standard_deviation(mixture)
     student = AffineStudent(mixture.dim, config.spread) if config.affine else ToyStudent(mixture.dim, config, scale)
-    coordinates = EDM(scale, SIGMA_MIN, SIGMA_MAX, boundary=0.0, scale=0.25, sign=1.0)
-    return student, NetworkDenoiser(ToyNetwork(mixture.dim, config.hidden, config.layers), coordinates)
+    return student, denoiser(mixture.dim, config.hidden, config.layers, scale)
+
+
+def denoiser(dim: int, hidden: int, layers: int, sigma_data: float) -> NetworkDenoiser:
+    """An untrained denoiser of points [B, dim]."""
+    coordinates = EDM(sigma_data, SIGMA_MIN, SIGMA_MAX, boundary=0.0, scale=0.25, sign=1.0)
+    return NetworkDenoiser(ToyNetwork(dim, hidden, layers), coordinates)
+
+
+def points(mixture: GaussianMixture, seed: int, count: int = 20_000) -> Images:
+    """Samples of a mixture as a set to train on, [count, d], in the place of images."""
+    return Images(mixture.sample(count, generator=torch.Generator().manual_seed(seed)))
 
 
 def standard_deviation(mixture: GaussianMixture) -> float:
     """Of a mixture's coordinates, around their means and averaged over them."""
     samples = mixture.sample(20_000, generator=torch.Generator().manual_seed(0))
     return float(samples.var(0).mean().sqrt())
+
+
+_FILES = ("toy.json", "toy.safetensors")
+
+
+def save_denoiser(folder: Path, network: NetworkDenoiser, mixture: str, config: Toy) -> None:
+    """Writes the network of a toy that `distill teach` has trained, complete or not at all.
+
+    Raises ValueError where `folder` holds anything else.
+    """
+    if folder.exists() and sorted(p.name for p in folder.iterdir()) != sorted(_FILES):
+        raise ValueError(f"{folder}: holds something that is no toy's network; choose another folder")
+    facts = {"mixture": mixture, "hidden": config.hidden, "layers": config.layers, "sigma_data": network.sigma_data}
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        (temporary / _FILES[0]).write_text(json.dumps(facts, indent=1))
+        save_file({k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}, temporary / _FILES[1])
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.replace(folder)
+    except SafetensorError as error:
+        raise OSError(f"{folder}: cannot be written ({error})") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def teacher_folder(path: str | Path) -> Path:
+    """The folder of a toy's network: `path`, or `path`/model where `path` is a run of `distill teach`."""
+    for folder in (Path(path), Path(path) / "model"):
+        if (folder / _FILES[0]).is_file():
+            return folder
+    raise ValueError(f"teacher.path: {path} holds no network of a toy (there is no {_FILES[0]})")
+
+
+def load_denoiser(path: str | Path, mixture: str) -> NetworkDenoiser:
+    """The frozen network of a toy, from a run of `distill teach` or its folder `model`.
+
+    Raises ValueError where there is none, it is of another mixture, or cannot be read.
+    """
+    folder = teacher_folder(path)
+    try:
+        facts = json.loads((folder / _FILES[0]).read_text())
+        known, hidden, layers, scale = (facts[k] for k in ("mixture", "hidden", "layers", "sigma_data"))
+        network = denoiser(MIXTURES[known]().dim, hidden, layers, scale)
+        network.load_state_dict(load_file(folder / _FILES[1]), strict=True)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"teacher.path: {folder} cannot be read ({' '.join(str(error).split())})") from error
+    if known != mixture:
+        raise ValueError(f"teacher.path: {folder} has learned the {known}, not teacher.name: {mixture}")
+    return network.requires_grad_(False).eval()

@@ -18,7 +18,8 @@ from distill.losses import adversarial_loss, denoising_loss, distribution_matchi
 from distill.noise import Share
 from distill.optim import Update
 from distill.student import OneStep, update_average
-from distill.weights import weight_statistics
+from distill.targets import Target
+from distill.weights import RatioWeight, weight_statistics
 from samplers import Denoiser, SampleNoise
 from samplers.denoiser import expand
 
@@ -48,7 +49,8 @@ def by_level(sigma_data: float) -> Weighting:
 class Trainer:
     """Everything one update of the student needs; `step` is the algorithm.
 
-    student, fake: trained by their updates. target: the frozen denoiser to match. shape: of one sample, [C, H, W].
+    student, fake: trained by their updates. target: the denoiser to match, fixed or on its way to the teacher: on the
+    way h = 1, unless the adversary bridges, and the adversarial term waits for the teacher. shape: of one sample.
     conditions(noise, device): conditions of a batch. student_level, fake_level: u [B] in [0, 1) -> sigma [B].
     ratio_weight(ln r [B], sigma [B]) -> h(r) [B]: the divergence; None is h = 1, reverse KL. weighting: makes the noise
     levels alike in size. adversary: estimates r, and gives the adversarial term, which is added with
@@ -57,12 +59,12 @@ class Trainer:
     Cost of an update at batch B with K = fake_steps, in network passes over B samples (a guided target counts 2):
     forwards: student 1, target 1, fake 1 + K; backwards: student 1, fake K. The student does not move during the fake
     steps, so its samples serve all of them, noised afresh. What an adversary adds is said in `distill.adversary`; the
-    weights add nothing to it.
+    weights add nothing to it. A path adds nothing but what its target's docstring says.
     """
 
     student: OneStep
     fake: Denoiser
-    target: Denoiser
+    target: Target
     student_update: Update
     fake_update: Update
     student_level: Callable[[Tensor], Tensor]
@@ -91,6 +93,8 @@ class Trainer:
 
         A function of n and the weights: every random number comes from the streams of the samples.
         """
+        if self.target.begin(n) and isinstance(self.ratio_weight, RatioWeight):
+            self.ratio_weight.reset()
         noise = self.share.noise(n)
         cond = self.conditions(noise, self.device)
         x = self.student(noise.normal(self.shape, device=self.device), cond)
@@ -112,11 +116,14 @@ class Trainer:
         return metrics
 
     def _student_loss(self, x: Tensor, x_sigma: Tensor, sigma: Tensor, cond: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        denoised_fake, denoised_target, logits, pull = self.adversary.compare(
-            self.fake, self.target, x_sigma.detach(), sigma, cond, adversarial=bool(self.adversarial_weight)
+        x_sigma_fixed, final = x_sigma.detach(), self.target.final
+        adversary = self.adversary if final or self.adversary.bridges else ScoreOnly()
+        denoised_fake, denoised_target, logits, pull = adversary.compare(
+            self.fake, self.target, x_sigma_fixed, sigma, cond, adversarial=bool(self.adversarial_weight) and final
         )
         weight = self.weighting(x.detach(), denoised_target, sigma).to(x)
         metrics = {"gap": (denoised_fake - denoised_target).square().mean()}
+        metrics |= self.target.observe(x_sigma_fixed, denoised_fake, denoised_target)
         if logits is not None:
             ratio = log_ratio(logits)
             h = torch.ones_like(ratio) if self.ratio_weight is None else self.ratio_weight(ratio, sigma)

@@ -45,6 +45,10 @@ class RatioWeight(nn.Module):
         self._index, self._total = index, total
         self.register_buffer("means", torch.ones(bins))
 
+    def reset(self) -> None:
+        """Forgets the running means: the target is another one."""
+        self.means.fill_(1)
+
     @torch.no_grad()
     def forward(self, log_ratio: Tensor, sigma: Tensor) -> Tensor:
         r = self._clipped(log_ratio)

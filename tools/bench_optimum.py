@@ -41,6 +41,8 @@ SIGMAS = (0.1, 0.3, 1.0, 3.0)  # noise levels of the learned ratio
 class ExactRatio:
     """An adversary that knows both laws; its one head is ln r. The student may move."""
 
+    bridges = False
+
     def __init__(self, target: GaussianMixture, student: toy.AffineStudent) -> None:
         self.target, self.student = target, student
 

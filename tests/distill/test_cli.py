@@ -43,7 +43,7 @@ def test_a_new_interpreter_reports_the_same_way(tmp_path: Path) -> None:
 
 
 WRONG_WORDS: list[tuple[list[object], str]] = [
-    ([], "teach,train,sample,export"),
+    ([], "teach,degrade,train,sample,export"),
     (["trian"], "invalid choice: 'trian'"),
     (["train"], "required: train.run"),
     (["export"], "required: export.run, export.folder"),

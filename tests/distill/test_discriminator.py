@@ -62,9 +62,9 @@ def test_a_head_reads_features_of_any_size_and_starts_without_an_opinion(size: t
     """One logit each, exactly 0 at first; afterwards it depends on every number of its sample and on no other's."""
     head, features = Head(torch.zeros(1, 6, *size)).double(), normal(3, 6, *size).requires_grad_()
     logits = head(features)
-    assert torch.equal(logits, torch.zeros(3, dtype=torch.float64))
+    assert torch.equal(logits, torch.zeros(3, 1, dtype=torch.float64))
     opinionated(head)
-    (gradient,) = torch.autograd.grad(head(features)[1], features)
+    (gradient,) = torch.autograd.grad(head(features)[1, 0], features)
     assert bool((gradient[1] != 0).all())
     assert bool((gradient[[0, 2]] == 0).all())
 
@@ -73,7 +73,7 @@ def test_a_head_reads_features_of_any_size_and_starts_without_an_opinion(size: t
 def test_a_head_has_the_width_of_its_features(channels: int) -> None:
     for size in ((), (4,), (8, 8)):
         head = opinionated(Head(torch.zeros(1, channels, *size)))
-        assert head(normal(2, channels, *size).float()).shape == (2,)
+        assert head(normal(2, channels, *size).float()).shape == (2, 1)
 
 
 def test_the_logit_of_tokens_does_not_depend_on_their_order_or_number() -> None:

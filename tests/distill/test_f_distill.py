@@ -291,7 +291,7 @@ WRONG: list[tuple[tuple[object, ...], str]] = [
     (("--real.name", "data", "--real.data", "{name: folder, path: pictures, size: 16}"), "images are [1, 16, 16]"),
     (("--real.name", "data", "--real.data", "{name: folder, path: pictures}"), "real.data: has no classes"),
     (("--real.name", "data", "--real.data", "{name: folder, path: sorted}"), "real.data: has none of class 2"),
-    (("--teacher.name", "ring"), "path: 'pipeline' does not go with name: ring (only a pipeline has a path)"),
+    (("--teacher.name", "ring"), "teacher.path: pipeline holds no network of a toy"),
     (("--teacher.name", "rings"), "teacher.name: Expected a Literal['pipeline', 'two-modes', 'ring', 'grid']"),
     (("--teacher.path", "null"), "path: None does not go with name: pipeline"),
 ]
@@ -313,10 +313,10 @@ def test_wrong_words(place: Path, words: tuple[object, ...], message: str) -> No
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"real": DATA, "discriminator": {"features": "teacher"}}, "a toy teacher has no network, accepted is fake"),
-        ({"real": DATA}, "discriminator.features: teacher; a toy teacher has no network, accepted is fake"),
+        ({"real": DATA, "discriminator": {"features": "teacher"}}, "an exact teacher has no network, accepted is fake"),
+        ({"real": DATA}, "discriminator.features: teacher; an exact teacher has no network, accepted is fake"),
         ({"teacher": {"name": "ring", "guidance": 2.0}}, "guidance: 2.0; a toy has no conditions to guide by"),
-        ({"teacher": {"name": "ring", "path": "pipeline"}}, "path: 'pipeline' does not go with name: ring"),
+        ({"teacher": {"name": "ring", "path": "pipeline"}}, "teacher.path: pipeline holds no network of a toy"),
         ({"noise": {"sigma_max": 30.0}}, "noise.sigma_min, noise.sigma_max: 0.02, 30 is not a range"),
         ({"toy": {"spread": 0}}, "toy.spread: Input should be greater than 0"),
         (

@@ -1,0 +1,245 @@
+"""DisBack from a configuration: the path is recorded, and walked back by the target of the one trainer.
+
+Degradation Recording and Distribution Backtracking (arXiv 2408.15991). The path's folder is that of a run (its own
+configuration, metrics, pictures), with the nodes and, when stage 1 is done, manifest.json.
+"""
+
+import copy
+import shutil
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from distill import checkpoint
+from distill.atomic import atomic_write
+from distill.config import Degradation, Degrade, Train
+from distill.degradation import Degrader, Plateau, Probe, choose, is_candidate, mismatches, probe
+from distill.mismatch import SAMPLES, mismatch
+from distill.nodes import MANIFEST, DegradationPath, Node, Weights, fingerprint, write_node
+from distill.noise import DEGRADATION, MISMATCH, PROBE, Share, log_normal_level
+from distill.optim import prepare
+from distill.progress import Progress
+from distill.run import Run, drive
+from distill.student import OneStep
+from distill.subject import Subject, checked_subject, sampled
+from distill.targets import Backtracking, Fixed, Nodes, ScoreInterpolation, Target, WeightInterpolation
+from distill.targets import Path as Walk
+from samplers import Denoiser, SampleNoise
+from samplers.schedules import karras_sigma
+
+CANDIDATES = "candidates"  # in a path's folder, until the nodes are chosen
+PROBED = 256  # samples that stage 1 is judged by
+PLACES = (0.25, 0.5, 0.75)  # where in the student's noise levels (Karras index) a mismatch is measured
+
+
+def degrade(
+    config: Train, resume: bool = True, progress: Callable[[int, dict[str, float]], None] | None = None
+) -> DegradationPath:
+    """Records a run's degradation path in `config.path`; one that was begun is continued if `resume`.
+
+    Raises ValueError where the folder holds a path already and `resume` is off, or one that does not fit the run.
+    """
+    stage = config.first_stage()
+    folder = Path(stage.run)
+    if progress is None:
+        with Progress(stage.degradation.steps, "degradation step") as shown:
+            return degrade(config, resume, shown)
+    accelerator = Accelerator()
+    subject, low, high = checked_subject(stage, accelerator.device)
+    if (folder / MANIFEST).is_file():
+        if not resume:
+            raise ValueError(f"target.path: {folder} holds a path already; remove it or choose another")
+        path = DegradationPath.read(folder)
+        path.check(**_fingerprints(subject, stage.sigma_init))
+        return path
+
+    share = Share(
+        stage.seed, stage.batch_size, accelerator.process_index, accelerator.num_processes, stream=DEGRADATION
+    )
+    teacher = {key: tensor.detach().clone() for key, tensor in subject.fake.state_dict().items()}
+    prints = _fingerprints(subject, stage.sigma_init)
+    run = Run(stage, resume, accelerator)
+    candidates = folder / CANDIDATES
+    student = OneStep(subject.student.to(accelerator.device).requires_grad_(False), stage.sigma_init)
+    denoiser, update = prepare(accelerator, subject.fake, stage.degradation.optimizer, stage.degradation.steps)
+    level = partial(log_normal_level, config=stage.noise, sigma_min=low, sigma_max=high)
+    rows = stage.batch_size // accelerator.num_processes
+    noise = SampleNoise(stage.seed, range(PROBED), PROBE)
+    probed = probe(student, level, noise, subject.shape, subject.conditions, rows, accelerator.device)
+    plateau = Plateau(stage.degradation.tolerance, stage.degradation.patience)
+    recorder = _Recorder(stage.degradation, candidates, subject, teacher, probed, plateau, accelerator)
+    if accelerator.is_main_process:
+        recorder.keep(0)
+    degrader = Degrader(
+        student,
+        denoiser,
+        update,
+        level,
+        share,
+        subject.shape,
+        subject.conditions,
+        subject.fake.sigma_data,
+        accelerator.device,
+        recorder.after,
+    )
+    done = drive(
+        run,
+        degrader,
+        stage.degradation.steps,
+        stage.logging,
+        {"fake": subject.fake, "plateau": plateau},
+        {"fake": update.optimizer},
+        lambda path: subject.preview(sampled(subject.fake), path),
+        stage.seed,
+        progress,
+        stop=lambda done: plateau.reached,
+    )
+    if accelerator.is_main_process:
+        recorder.keep(done)
+        _finish(folder, stage, prints, done, probed)
+    accelerator.wait_for_everyone()
+    return DegradationPath.read(folder)
+
+
+class _Recorder:
+    """What happens beside the updates of stage 1: looks at the probe, candidates that are kept."""
+
+    def __init__(
+        self,
+        config: Degradation,
+        folder: Path,
+        subject: Subject,
+        teacher: Weights,
+        probed: Probe,
+        plateau: Plateau,
+        accelerator: Accelerator,
+    ) -> None:
+        self._config, self._folder, self._network, self._teacher = config, folder, subject.fake, teacher
+        self._probed, self._plateau, self._accelerator = probed, plateau, accelerator
+
+    def after(self, done: int) -> None:
+        """To be told of every update."""
+        if done % self._config.check_every == 0:
+            loss = self._probed.loss(self._probed.denoise(self._network), self._network.sigma_data)
+            shared = torch.tensor([loss], device=self._accelerator.device)
+            self._plateau.look(float(broadcast(shared)))
+        if is_candidate(done) and self._accelerator.is_main_process:
+            self.keep(done)
+
+    def keep(self, done: int) -> None:
+        """Keeps the network as it is after `done` updates, and what it says of the probe; of the teacher only that."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        prediction = self._probed.denoise(self._network)
+        with atomic_write(self._folder / f"{done:08d}.probe") as file:
+            file.write(save({"denoised": prediction.cpu().contiguous()}))
+        if done:
+            weights = self._network.state_dict()
+            file_name = self._folder / f"{done:08d}.safetensors"
+            write_node(file_name, weights, self._teacher, self._config.storage, self._config.rank)
+
+
+def _finish(folder: Path, stage: Degrade, prints: dict[str, str], done: int, probed: Probe) -> None:
+    """Makes nodes of the candidates up to `done`, writes the manifest, and clears away what only a resume needs."""
+    steps = [0, *sorted(int(f.stem) for f in (folder / CANDIDATES).glob("*.safetensors") if int(f.stem) <= done)]
+    denoised = [load_file(folder / CANDIDATES / f"{step:08d}.probe")["denoised"] for step in steps]
+    mismatch_of = mismatches(denoised, probed.x_sigma.cpu())
+    nodes = []
+    for k, index in enumerate(choose(mismatch_of, steps, stage.degradation), start=1):
+        source, name = folder / CANDIDATES / f"{steps[index]:08d}.safetensors", f"node-{k:03d}.safetensors"
+        with atomic_write(folder / name) as file:
+            file.write(source.read_bytes())
+        sha256, size = checkpoint.sha256(folder / name), (folder / name).stat().st_size
+        nodes.append(Node(name, steps[index], mismatch_of[index], sha256, size))
+    DegradationPath(folder, **prints, storage=stage.degradation.storage, nodes=tuple(nodes)).write()
+    for leftover in (CANDIDATES, "checkpoints"):
+        shutil.rmtree(folder / leftover, ignore_errors=True)
+
+
+def _fingerprints(subject: Subject, sigma_init: float) -> dict[str, str]:
+    """Of what a path is made from: the teacher, or what learns in its place, and the first student."""
+    return {"teacher": fingerprint(subject.fake), "student": fingerprint(subject.student, sigma_init=sigma_init)}
+
+
+def recorded_path(config: Train, subject: Subject) -> DegradationPath | None:
+    """The run's path, if it needs one and it is recorded. Raises ValueError for one that does not fit the run."""
+    if config.target.name == "fixed" or not (Path(config.path) / MANIFEST).is_file():
+        return None
+    path = DegradationPath.read(config.path)
+    path.check(**_fingerprints(subject, config.student.sigma_init))
+    between = len(path) - 1
+    if config.target.name == "nodes" and config.target.updates < between:
+        raise ValueError(
+            f"target.updates: {config.target.updates} are less than one for each of the {between} targets of "
+            f"{path.folder} before the teacher"
+        )
+    return path
+
+
+def target(config: Train, subject: Subject, path: DegradationPath | None, accelerator: Accelerator) -> Target:
+    """The target that a configuration names; where it has a path, the fake score is set to its last node.
+
+    In memory a path holds one network (nodes, score interpolation) or two (weight interpolation) until the teacher is
+    reached.
+    """
+    if path is None:
+        return Fixed(subject.target)
+    choice, device = config.target, accelerator.device
+    teacher = {key: tensor.detach().clone() for key, tensor in subject.fake.state_dict().items()}
+    last = path.weights(len(path), teacher)
+    subject.fake.load_state_dict(last, strict=True)
+    if choice.name == "warm":
+        return Fixed(subject.target)
+
+    network = copy.deepcopy(subject.fake).requires_grad_(False).eval().to(device)
+    walk: Walk
+    if choice.name == "nodes":
+        base = teacher if path.storage != "full" else {k: v.to("meta") for k, v in teacher.items()}
+        walk = Nodes(network, partial(path.weights, teacher=base), len(path))
+    elif choice.name == "weight-interpolation":
+        end = {key: tensor.to(device) for key, tensor in teacher.items()}
+        if subject.network is not None:
+            end = {key: tensor.detach() for key, tensor in subject.network.state_dict().items()}
+        walk = WeightInterpolation(network, last, end)
+    else:
+        walk = ScoreInterpolation(network, subject.target)
+    adaptive = choice.schedule == "adaptive"
+    stages = (len(path) - 1 if choice.name == "nodes" else choice.stages) if adaptive else None
+    average = partial(accelerator.reduce, reduction="mean")
+    return Backtracking(walk, subject.target, choice.updates, stages, average=average, device=device)
+
+
+def start_samples(config: Train, subject: Subject, device: torch.device) -> Callable[[SampleNoise, Any], Tensor] | None:
+    """Samples of the first student, kept frozen, where a bridge needs them."""
+    if config.target.ratio != "bridge":
+        return None
+    start = OneStep(copy.deepcopy(subject.student).requires_grad_(False).to(device), config.student.sigma_init)
+
+    @torch.no_grad()
+    def draw(noise: SampleNoise, cond: Any) -> Tensor:
+        return start(noise.normal(subject.shape, device=device), cond)
+
+    return draw
+
+
+def measured(
+    config: Train,
+    subject: Subject,
+    denoisers: Mapping[str, Denoiser],
+    levels: tuple[float, float],
+    device: torch.device,
+) -> dict[str, float]:
+    """Mismatch to target and teacher and the fake score's error, as they are: means over three noise levels."""
+    student = OneStep(subject.student, config.student.sigma_init)
+    low, high = levels
+    sigmas = [float(karras_sigma(torch.tensor(place), low, high, config.noise.rho)) for place in PLACES]
+    noise = SampleNoise(config.seed, range(SAMPLES), MISMATCH)
+    found = mismatch(denoisers, student, sigmas, noise, subject.shape, subject.conditions, device)
+    names = {"target": "mismatch_target", "teacher": "mismatch_teacher", "fake": "fake_error"}
+    return {names[name]: sum(values) / len(values) for name, values in found.items()}
