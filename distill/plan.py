@@ -17,7 +17,7 @@ def plan(config: Train) -> list[str]:
     looked at, and no samples are made.
     """
     lines = [f"{config.steps} updates of {config.batch_size} samples: {config.steps * config.batch_size:,} in all"]
-    lines += [*passes(config), *notices(config)]
+    lines += [*passes(config), *first_stage(config), *notices(config)]
     if config.teacher.path is not None and not Path(config.teacher.path).exists():
         return [*lines, f"teacher: {config.teacher.path} is not here, so the networks were not built"]
     device = torch.device("cpu")
@@ -30,6 +30,17 @@ def plan(config: Train) -> list[str]:
         if network is not None:
             lines.append(f"{name}: {sum(p.numel() for p in network.parameters()):,} parameters")
     return lines
+
+
+def first_stage(config: Train) -> list[str]:
+    """What the recording of a degradation path costs, if the run needs one."""
+    if config.target.name == "fixed":
+        return []
+    stage = config.degradation
+    return [
+        f"first stage: at most {stage.steps} updates, each student 1 forward, fake score 1 forward, 1 backward; "
+        f"{stage.nodes} nodes ({stage.storage}) in {config.path}"
+    ]
 
 
 def notices(config: Train) -> list[str]:

@@ -1,0 +1,429 @@
+"""What DisBack is worth: time to a quality, fixed before, of five ways to start, over fresh teachers.
+
+Three settings: the ring of eight Gaussians with a teacher trained at low noise only (A: unreliable where the student
+starts) and at EDM's noise levels (B), and the digits as vectors. A way to start ("arm") has its best learning rate of a
+grid that all share. Time is counted in updates of the student, and in passes with the first stage included.
+"""
+
+import copy
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from distill import toy
+from distill.atomic import atomic_write
+from distill.config import Degradation, LogNormal, Optimizer
+from distill.data import digits
+from distill.degradation import Degrader, Plateau, choose, is_candidate, mismatches, probe
+from distill.losses import denoising_loss
+from distill.mismatch import mismatch
+from distill.nodes import Weights
+from distill.noise import PROBE, log_normal_level
+from distill.optim import Update, adamw, learning_rate, student_rate
+from distill.student import OneStep, update_average
+from distill.targets import Backtracking, Fixed, Nodes, ScoreInterpolation, Target, WeightInterpolation
+from distill.trainer import Trainer, train
+from samplers import GaussianMixture, NetworkDenoiser, SampleNoise
+from tools.bench_toys import BatchShare
+from tools.metrics import frechet_distance
+from tools.modes import sliced_wasserstein
+from tools.statistics import FeatureStatistics
+
+LOW, HIGH = toy.SIGMA_MIN, toy.SIGMA_MAX
+SIGMA_DATA, SIGMA_INIT = 0.5, 2.5
+AVERAGE = 0.95  # decay of the student's weights, whose quality is looked at
+EVERY = 5  # updates between two looks at the quality
+SUSTAINED = 3  # looks in a row below the threshold: then it is reached, at the first of them
+MISMATCH_AT = (0.1, 0.3, 1.0)
+UPDATE, STAGE_STEP, EXTRA = 8, 4, 1  # forward passes, a backward one counted twice; a score interpolation's further one
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Data, network and teacher; a student has reached it when its distance to the data is below `threshold`."""
+
+    name: str
+    data: Literal["ring", "digits"]
+    noise: LogNormal  # of the teacher's training
+    threshold: float
+    hidden: int
+    steps: int
+    rates: tuple[float, ...]
+    teacher_steps: int = 3000
+
+
+EDM_NOISE = LogNormal(mean=-1.2, std=1.2)
+SETTINGS = {
+    "ring A": Setting("ring A", "ring", LogNormal(mean=-2.0, std=0.7), 0.10, 96, 240, (2e-4, 5e-4, 1e-3)),
+    "ring B": Setting("ring B", "ring", EDM_NOISE, 0.10, 96, 240, (2e-4, 5e-4, 1e-3)),
+    "digits": Setting("digits", "digits", EDM_NOISE, 1.5, 256, 300, (2e-4, 5e-4, 1e-3)),
+}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A way to start. target: as in a configuration. updates: of the path. stage: updates of stage 1 at most."""
+
+    name: str
+    target: str
+    updates: int = 60
+    stage: int = 100
+    stage_lr: float = 1e-3
+    stages: int | None = None
+    nodes: int = 5
+
+    @property
+    def warm(self) -> bool:
+        return self.target != "fixed"
+
+
+ARMS = (
+    Arm("DI", "fixed"),
+    Arm("DI-warm", "warm"),
+    Arm("nodes", "nodes"),
+    Arm("weights", "weight-interpolation"),
+    Arm("scores", "score-interpolation"),
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One student."""
+
+    setting: str
+    arm: Arm
+    lr: float
+    teacher: int
+    seed: int
+
+    @property
+    def key(self) -> str:
+        how = "-".join(str(value) for value in asdict(self.arm).values())
+        return f"{self.setting}-{how}-{self.lr:g}-{self.teacher}-{self.seed}".replace(" ", "")
+
+
+def ring() -> GaussianMixture:
+    """Eight modes N(., 0.05^2) on a circle of radius 0.7: standard deviation 0.5."""
+    angle = torch.arange(8) * (math.pi / 4)
+    return GaussianMixture(torch.ones(8), 0.7 * torch.stack([angle.cos(), angle.sin()], 1), torch.full((8,), 0.0025))
+
+
+def data_points(setting: Setting) -> Tensor:
+    """What a teacher learns, [N, d]."""
+    if setting.data == "ring":
+        return ring().sample(20_000, generator=torch.Generator().manual_seed(0))
+    return digits("train").images.flatten(1)
+
+
+def quality(setting: Setting) -> Callable[[Tensor], float]:
+    """The distance of samples [N, d] to the data: sliced W2 to the ring, 2-Wasserstein of Gaussians for the digits."""
+    if setting.data == "ring":
+        reference = ring().sample(4096, generator=torch.Generator().manual_seed(1))
+        return lambda x: sliced_wasserstein(x, reference, torch.Generator().manual_seed(2), slices=50)
+    held_out = FeatureStatistics(64)
+    held_out.update(digits("held-out").images.flatten(1))
+
+    def distance(x: Tensor) -> float:
+        statistics_of = FeatureStatistics(64)
+        statistics_of.update(x)
+        return frechet_distance(statistics_of, held_out).value
+
+    return distance
+
+
+def dimension(denoiser: NetworkDenoiser) -> int:
+    """Of a toy's points."""
+    assert isinstance(denoiser.network, toy.ToyNetwork)
+    return denoiser.network.enter.in_features
+
+
+def make_teacher(setting: Setting, seed: int) -> NetworkDenoiser:
+    """Denoising score matching, and an average of the weights."""
+    torch.manual_seed(1000 + seed)
+    points = data_points(setting)
+    network = toy.denoiser(points.shape[1], setting.hidden, 3, SIGMA_DATA)
+    average = copy.deepcopy(network)
+    rates = Optimizer(lr=2e-3)
+    update = Update(adamw(network, rates), partial(learning_rate, rates, steps=setting.teacher_steps))
+    level = partial(log_normal_level, config=setting.noise, sigma_min=LOW, sigma_max=HIGH)
+    for n in range(setting.teacher_steps):
+        noise: Any = BatchShare(10_000 + seed).noise(n)
+        x0 = points[(noise.uniform() * len(points)).long()]
+        sigma, eps = level(noise.uniform()), noise.normal(points.shape[1:])
+        update(denoising_loss(network, x0, sigma, eps, None, SIGMA_DATA).mean(), n)
+        update_average(average, network, 0.998, n)
+    return average.requires_grad_(False).eval()
+
+
+def record(teacher: NetworkDenoiser, arm: Arm, seed: int) -> tuple[list[Weights], int]:
+    """Stage 1: the weights of the nodes, and its cost in passes."""
+    network, shape = copy.deepcopy(teacher).requires_grad_(True), (dimension(teacher),)
+    config = Degradation(
+        optimizer=Optimizer(lr=arm.stage_lr, betas=(0.0, 0.999), schedule="constant"), steps=arm.stage, nodes=arm.nodes
+    )
+    update = Update(adamw(network, config.optimizer), lambda step: arm.stage_lr)
+    level = partial(log_normal_level, config=EDM_NOISE, sigma_min=LOW, sigma_max=HIGH)
+    student = OneStep(teacher, SIGMA_INIT)
+    probed = probe(student, level, SampleNoise(seed, range(256), PROBE), shape, lambda *_: None, 256, "cpu")
+    plateau, kept, passes = Plateau(config.tolerance, config.patience), [(0, teacher.state_dict())], 2
+    denoised = [probed.denoise(teacher)]
+
+    def keep(done: int) -> None:
+        kept.append((done, {key: value.clone() for key, value in network.state_dict().items()}))
+        denoised.append(probed.denoise(network))
+
+    degrader = Degrader(student, network, update, level, BatchShare(20_000 + seed), shape, sigma_data=SIGMA_DATA)  # type: ignore[arg-type]
+    done = 0
+    for done, _ in enumerate(train(degrader, config.steps), start=1):
+        passes += STAGE_STEP
+        if is_candidate(done) or done == config.steps:
+            keep(done)
+            passes += 1
+        if done % config.check_every == 0:
+            plateau.look(probed.loss(probed.denoise(network), SIGMA_DATA))
+            passes += 1
+        if plateau.reached:
+            break
+    if kept[-1][0] != done:
+        keep(done)
+    chosen = choose(mismatches(denoised, probed.x_sigma), [step for step, _ in kept], config)
+    return [kept[k][1] for k in chosen], passes
+
+
+def target_of(arm: Arm, teacher: NetworkDenoiser, nodes: list[Weights]) -> Target:
+    """As `distill.disback.target`, of nodes in memory."""
+    if arm.target in ("fixed", "warm"):
+        return Fixed(teacher)
+    network = copy.deepcopy(teacher)
+    walk: Any
+    if arm.target == "nodes":
+        walk = Nodes(network, lambda k: nodes[k - 1], len(nodes))
+    elif arm.target == "weight-interpolation":
+        walk = WeightInterpolation(network, nodes[-1], teacher.state_dict())
+    else:
+        network.load_state_dict(nodes[-1])
+        walk = ScoreInterpolation(network, teacher)
+    return Backtracking(walk, teacher, arm.updates, arm.stages)
+
+
+def run_student(run: Run, teacher: NetworkDenoiser) -> dict[str, Any]:
+    """Trains a student and follows its quality: [updates, passes, distance] every few updates."""
+    setting, arm = SETTINGS[run.setting], run.arm
+    nodes, passes = record(teacher, arm, run.seed) if arm.warm else ([], 0)
+    student, fake = (copy.deepcopy(teacher).requires_grad_(True) for _ in range(2))
+    if nodes:
+        fake.load_state_dict(nodes[-1])
+    rates = Optimizer(lr=run.lr, betas=(0.0, 0.999), schedule="constant")
+    target, shape = target_of(arm, teacher, nodes), (dimension(teacher),)
+    level = partial(log_normal_level, config=EDM_NOISE, sigma_min=LOW, sigma_max=HIGH)
+    average = copy.deepcopy(student).requires_grad_(False)
+    one_step = OneStep(average, SIGMA_INIT)
+    trainer = Trainer(
+        OneStep(student, SIGMA_INIT),
+        fake,
+        target,
+        Update(adamw(student, rates), partial(student_rate, rates, steps=setting.steps)),
+        Update(adamw(fake, rates), partial(learning_rate, rates, steps=setting.steps)),
+        level,
+        level,
+        BatchShare(30_000 + 100 * run.teacher + run.seed),  # type: ignore[arg-type]
+        shape,
+        weighting=lambda x, denoised, sigma: torch.ones_like(sigma),  # Diff-Instruct's
+        sigma_data=SIGMA_DATA,
+        average=(average, student, AVERAGE),
+    )
+    judge = quality(setting)
+    z = torch.randn(4096, *shape, generator=torch.Generator().manual_seed(3))
+
+    def look() -> float:
+        with torch.no_grad():
+            return judge(one_step(z))
+
+    curve = [(0, passes, look())]
+    for done, _ in enumerate(train(trainer, setting.steps), start=1):
+        passes += UPDATE + (EXTRA if arm.target == "score-interpolation" and not target.final else 0)
+        if done % EVERY == 0:
+            curve.append((done, passes, look()))
+    return {"curve": curve}
+
+
+def start_mismatch(setting: Setting, teacher: NetworkDenoiser, seed: int) -> dict[str, list[float]]:
+    """At the first student: of the teacher, of the first node to be a target, and of the one that fits."""
+    nodes, _ = record(teacher, ARMS[2], seed)
+    denoisers: dict[str, Any] = {"teacher": teacher}
+    for name, k in (("first node", -2), ("last node", -1)):
+        denoisers[name] = copy.deepcopy(teacher)
+        denoisers[name].load_state_dict(nodes[k])
+    noise: Any = BatchShare(40_000 + seed, 4096).noise(0)
+    shape = (dimension(teacher),)
+    return mismatch(denoisers, OneStep(teacher, SIGMA_INIT), MISMATCH_AT, noise, shape, rows=4096)
+
+
+def of_teacher(setting: Setting, teacher: int, runs: Sequence[Run], folder: Path) -> int:
+    """Makes what is missing of one teacher: itself, its students, its mismatches. A result is one JSON file."""
+    torch.set_num_threads(1)
+    todo = [run for run in runs if not _file(folder, run).is_file()]
+    mismatch_file = folder / f"{setting.name.replace(' ', '')}-mismatch-{teacher}.json"
+    if not todo and mismatch_file.is_file():
+        return 0
+    network = make_teacher(setting, teacher)
+    if not mismatch_file.is_file():
+        _write(mismatch_file, start_mismatch(setting, network, 0))
+    for run in todo:
+        begun = time.perf_counter()
+        _write(_file(folder, run), run_student(run, network) | {"seconds": time.perf_counter() - begun})
+    return len(todo)
+
+
+def _file(folder: Path, run: Run) -> Path:
+    return folder / f"{run.key}.json"
+
+
+def _write(path: Path, content: Any) -> None:
+    with atomic_write(path) as file:
+        file.write(json.dumps(content).encode())
+
+
+def all_runs(setting: Setting, arms: Sequence[Arm], teachers: Iterable[int], seeds: Iterable[int]) -> list[Run]:
+    return [Run(setting.name, *chosen) for chosen in product(arms, setting.rates, teachers, seeds)]
+
+
+def make(
+    folder: Path, setting: Setting, arms: Sequence[Arm], teachers: Sequence[int], seeds: Sequence[int], jobs: int = 1
+) -> None:
+    """Makes every run that `folder` does not hold yet, `jobs` teachers at a time."""
+    folder.mkdir(parents=True, exist_ok=True)
+    runs = all_runs(setting, arms, teachers, seeds)
+    with ProcessPoolExecutor(jobs) as pool:
+        parts = [
+            pool.submit(of_teacher, setting, teacher, [r for r in runs if r.teacher == teacher], folder)
+            for teacher in teachers
+        ]
+        for part in as_completed(parts):
+            part.result()
+
+
+def reached(curve: Sequence[Sequence[float]], threshold: float, column: int) -> tuple[float, bool]:
+    """When a quality is below the threshold for good, in updates (column 0) or passes (1), and whether it ever is;
+    if not, the end. Between two looks the quality is taken to fall evenly."""
+    for k in range(len(curve) - SUSTAINED + 1):
+        if all(point[2] < threshold for point in curve[k : k + SUSTAINED]):
+            if k == 0:
+                return curve[0][column], True
+            (a, qa), (b, qb) = ((curve[j][column], curve[j][2]) for j in (k - 1, k))
+            return a + (b - a) * (qa - threshold) / (qa - qb), True
+    return curve[-1][column], False
+
+
+Times = dict[tuple[int, int], tuple[float, bool]]  # by teacher and seed
+
+
+def best_times(
+    folder: Path, setting: Setting, arm: Arm, teachers: Sequence[int], seeds: Sequence[int], column: int
+) -> tuple[float, Times]:
+    """The learning rate with the smallest geometric mean of the times, and those times."""
+
+    def times(lr: float) -> Times:
+        return {
+            (teacher, seed): reached(
+                json.loads(_file(folder, Run(setting.name, arm, lr, teacher, seed)).read_text())["curve"],
+                setting.threshold,
+                column,
+            )
+            for teacher, seed in product(teachers, seeds)
+        }
+
+    by_rate = {lr: times(lr) for lr in setting.rates}
+    return min(by_rate.items(), key=lambda item: statistics.fmean(math.log(max(t, 1)) for t, _ in item[1].values()))
+
+
+def speed_up(times: Times, baseline: Times, draws: int = 4000) -> tuple[float, float, float]:
+    """How many times faster, paired by teacher and seed: the geometric mean, and its 95 % interval by bootstrap over
+    the teachers."""
+    teachers = sorted({teacher for teacher, _ in times})
+    gains = torch.tensor(
+        [
+            statistics.fmean(
+                math.log(max(baseline[key][0], 1) / max(times[key][0], 1)) for key in times if key[0] == teacher
+            )
+            for teacher in teachers
+        ]
+    )
+    drawn = torch.randint(len(teachers), (draws, len(teachers)), generator=torch.Generator().manual_seed(0))
+    low, high = gains[drawn].mean(1).quantile(torch.tensor([0.025, 0.975])).exp().tolist()
+    return math.exp(float(gains.mean())), low, high
+
+
+def table(folder: Path, setting: Setting, arms: Sequence[Arm], teachers: Sequence[int], seeds: Sequence[int]) -> str:
+    """A row for every arm: its rates, how many runs get there, times, and speed-ups over DI and DI-warm."""
+    lines = [
+        f"{setting.name}: distance below {setting.threshold}, {len(teachers)} teachers x {len(seeds)} seeds",
+        "",
+        "| arm | lr | reached | updates, median | x DI | x DI-warm | with stage 1, median | x DI | x DI-warm |",
+        "|:--|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    found = {
+        (arm.name, column): best_times(folder, setting, arm, teachers, seeds, column)
+        for arm, column in product(arms, (0, 1))
+    }
+    for arm in arms:
+        cells = [arm.name, f"{found[arm.name, 0][0]:g}"]
+        for column in (0, 1):
+            times = found[arm.name, column][1]
+            if column == 0:
+                cells.append(f"{sum(ok for _, ok in times.values())}/{len(times)}")
+            cells.append(f"{statistics.median(t for t, _ in times.values()) / (UPDATE if column else 1):.0f}")
+            for baseline in ("DI", "DI-warm"):
+                gain, low, high = speed_up(times, found[baseline, column][1])
+                cells.append("–" if arm.name == baseline else f"{gain:.2f} [{low:.2f}, {high:.2f}]")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def mismatch_table(folder: Path, teachers: Sequence[int]) -> str:
+    """Mismatches at the first student, mean over the teachers, by setting and noise level."""
+    lines = [
+        "| setting | score | " + " | ".join(f"sigma {s:g}" for s in MISMATCH_AT) + " |",
+        "|:--|:--|" + "--:|" * len(MISMATCH_AT),
+    ]
+    for name in SETTINGS:
+        files = [folder / f"{name.replace(' ', '')}-mismatch-{teacher}.json" for teacher in teachers]
+        rows = [json.loads(file.read_text()) for file in files]
+        for score in rows[0]:
+            means = [statistics.fmean(row[score][k] for row in rows) for k in range(len(MISMATCH_AT))]
+            lines.append(f"| {name} | {score} | {' | '.join(f'{m:.2f}' for m in means)} |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(folder: Path, arms: Sequence[Arm], teachers: Sequence[int], seeds: Sequence[int], path: Path) -> None:
+    """Quality against cost with stage 1 counted: medians over the runs, each arm at its best rate; one panel each."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.5 * len(SETTINGS), 3.8), layout="constrained")
+    for axes, setting in zip(figure.subplots(1, len(SETTINGS), squeeze=False)[0], SETTINGS.values(), strict=True):
+        for k, arm in enumerate(arms):
+            lr, _ = best_times(folder, setting, arm, teachers, seeds, 1)
+            runs = [Run(setting.name, arm, lr, *pair) for pair in product(teachers, seeds)]
+            curves = torch.tensor([json.loads(_file(folder, run).read_text())["curve"] for run in runs])
+            middle = curves.median(0).values
+            axes.plot(middle[:, 1] / UPDATE, middle[:, 2], color=f"C{k}", label=f"{arm.name}, lr {lr:g}")
+        axes.axhline(setting.threshold, color="grey", linestyle=":")
+        axes.set_yscale("log")
+        axes.set_title(setting.name)
+        axes.set_xlabel("cost in updates, first stage counted")
+        axes.set_ylabel("distance to the data")
+        axes.legend(fontsize=7)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=110)
