@@ -10,6 +10,8 @@ losses       pure functions of tensors and denoisers      divergences   f, h(r):
 taps         features of a network's encoder, by hooks    discriminator heads on them, whose logit is ln r
 adversary    what a discriminator adds to the trainer     real          its real samples: data, or the teacher's
 targets      what the student is pulled towards           trainer       the one alternating loop
+disback      configuration -> path, and target on it      degradation   stage 1: the teacher learns the student
+nodes        a path on disk: nodes, manifest              mismatch      a score's distance to a student's own
 noise        samples of a process, noise levels           optim         one network's update
 checkpoint   resumable, safetensors (atomic: files)       export        students as diffusers folders (card: cards)
 generate     images from a folder                         pictures      grids and curves
@@ -34,9 +36,11 @@ if TYPE_CHECKING:
         level_weight,
         matching_weight,
     )
+    from distill.mismatch import score_mismatch
+    from distill.nodes import DegradationPath
     from distill.student import OneStep
     from distill.taps import Tap
-    from distill.targets import Fixed
+    from distill.targets import Backtracking, Fixed, Nodes, ScoreInterpolation, WeightInterpolation
     from distill.teacher import Teacher
     from distill.trainer import Trainer, train
     from distill.weights import RatioWeight
@@ -44,16 +48,21 @@ if TYPE_CHECKING:
 _HOME = {
     "DIVERGENCES": "divergences",
     "Adversary": "adversary",
+    "Backtracking": "targets",
+    "DegradationPath": "nodes",
     "Discriminator": "discriminator",
     "FDivergence": "divergences",
     "FakeHeads": "adversary",
     "Fixed": "targets",
+    "Nodes": "targets",
     "OneStep": "student",
     "RatioWeight": "weights",
+    "ScoreInterpolation": "targets",
     "Tap": "taps",
     "Teacher": "teacher",
     "TeacherHeads": "adversary",
     "Trainer": "trainer",
+    "WeightInterpolation": "targets",
     "adversarial_loss": "losses",
     "alpha": "divergences",
     "denoising_loss": "losses",
@@ -66,21 +75,27 @@ _HOME = {
     "load_generator": "generate",
     "log_ratio": "discriminator",
     "matching_weight": "losses",
+    "score_mismatch": "mismatch",
     "train": "trainer",
 }
 __all__ = [
     "DIVERGENCES",
     "Adversary",
+    "Backtracking",
+    "DegradationPath",
     "Discriminator",
     "FDivergence",
     "FakeHeads",
     "Fixed",
+    "Nodes",
     "OneStep",
     "RatioWeight",
+    "ScoreInterpolation",
     "Tap",
     "Teacher",
     "TeacherHeads",
     "Trainer",
+    "WeightInterpolation",
     "adversarial_loss",
     "alpha",
     "denoising_loss",
@@ -93,6 +108,7 @@ __all__ = [
     "load_generator",
     "log_ratio",
     "matching_weight",
+    "score_mismatch",
     "train",
 ]
 

@@ -21,7 +21,7 @@ from distill import checkpoint
 from distill.atomic import atomic_write
 from distill.config import Degradation, Degrade, Train
 from distill.degradation import Degrader, Plateau, Probe, choose, is_candidate, mismatches, probe
-from distill.mismatch import SAMPLES, mismatch
+from distill.mismatch import SAMPLES, score_mismatch
 from distill.nodes import MANIFEST, DegradationPath, Node, Weights, fingerprint, write_node
 from distill.noise import DEGRADATION, MISMATCH, PROBE, Share, log_normal_level
 from distill.optim import prepare
@@ -240,6 +240,6 @@ def measured(
     low, high = levels
     sigmas = [float(karras_sigma(torch.tensor(place), low, high, config.noise.rho)) for place in PLACES]
     noise = SampleNoise(config.seed, range(SAMPLES), MISMATCH)
-    found = mismatch(denoisers, student, sigmas, noise, subject.shape, subject.conditions, device)
+    found = score_mismatch(denoisers, student, sigmas, noise, subject.shape, subject.conditions, device)
     names = {"target": "mismatch_target", "teacher": "mismatch_teacher", "fake": "fake_error"}
     return {names[name]: sum(values) / len(values) for name, values in found.items()}

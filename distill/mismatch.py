@@ -31,7 +31,7 @@ def empirical_denoiser(
 
 
 @torch.no_grad()
-def mismatch(
+def score_mismatch(
     denoisers: Mapping[str, Denoiser],
     student: OneStep,
     sigmas: Sequence[float],

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from tools.bench_cost import cost_table
 from tools.bench_digits import compare, digits, digits_table
+from tools.bench_disback import ARMS, SETTINGS, draw, make, mismatch_table
+from tools.bench_disback import table as disback_table
 from tools.bench_optimum import draw_optima, optimum_rows, optimum_table, ratio_table
 from tools.bench_toys import coverage
 
@@ -30,6 +32,10 @@ def main() -> None:
         "coverage": (
             "Coverage of modes, exact teacher",
             lambda folder, _, more, jobs: coverage(folder / "coverage", more, jobs),
+        ),
+        "disback": (
+            "DisBack: time to a quality, and mismatch at the start",
+            lambda folder, _, __, jobs: _disback(folder / "disback", jobs),
         ),
         "compare": ("The divergences on the digits", lambda folder, _, more, jobs: compare(folder, more, jobs)),
     }
@@ -58,6 +64,16 @@ def _optimum(folder: Path) -> str:
 
 def _digits(folder: Path, seeds: list[int]) -> str:
     return digits_table(seeds, [digits(folder, seed, DEMO) for seed in seeds])
+
+
+def _disback(folder: Path, jobs: int) -> str:
+    teachers, seeds = range(8), range(2)
+    tables = []
+    for setting in SETTINGS.values():
+        make(folder, setting, ARMS, teachers, seeds, jobs)
+        tables.append(disback_table(folder, setting, ARMS, teachers, seeds))
+    draw(folder, ARMS, teachers, seeds, folder / "disback.png")
+    return "\n".join([*tables, mismatch_table(folder, teachers), f"picture: {folder / 'disback.png'}\n"])
 
 
 def orders() -> str:

@@ -27,7 +27,7 @@ from distill.config import Degradation, LogNormal, Optimizer
 from distill.data import digits
 from distill.degradation import Degrader, Plateau, choose, is_candidate, mismatches, probe
 from distill.losses import denoising_loss
-from distill.mismatch import mismatch
+from distill.mismatch import score_mismatch
 from distill.nodes import Weights
 from distill.noise import PROBE, log_normal_level
 from distill.optim import Update, adamw, learning_rate, student_rate
@@ -267,7 +267,7 @@ def start_mismatch(setting: Setting, teacher: NetworkDenoiser, seed: int) -> dic
         denoisers[name].load_state_dict(nodes[k])
     noise: Any = BatchShare(40_000 + seed, 4096).noise(0)
     shape = (dimension(teacher),)
-    return mismatch(denoisers, OneStep(teacher, SIGMA_INIT), MISMATCH_AT, noise, shape, rows=4096)
+    return score_mismatch(denoisers, OneStep(teacher, SIGMA_INIT), MISMATCH_AT, noise, shape, rows=4096)
 
 
 def of_teacher(setting: Setting, teacher: int, runs: Sequence[Run], folder: Path) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor
 from distill.config import Degradation, LogNormal
 from distill.degradation import Degrader, Plateau, Probe, choose, is_candidate, mismatches, probe
 from distill.losses import denoising_loss
-from distill.mismatch import mismatch
+from distill.mismatch import score_mismatch
 from distill.noise import MISMATCH, PROBE, Share, log_normal_level
 from distill.optim import Update
 from distill.student import OneStep
@@ -221,7 +221,7 @@ class Stage:
     def errors(self) -> list[float]:
         """The fake error, in which the student's law is exact, at four levels."""
         noise = SampleNoise(0, range(4096), MISMATCH)
-        return mismatch({"fake": self.network}, self.student, [0.2, 0.5, 1.0, 3.0], noise, (1,))["fake"]
+        return score_mismatch({"fake": self.network}, self.student, [0.2, 0.5, 1.0, 3.0], noise, (1,))["fake"]
 
 
 def test_stage_one_ends_with_a_network_that_fits_the_first_student() -> None:

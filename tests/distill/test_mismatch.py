@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from distill.mismatch import empirical_denoiser, mismatch
+from distill.mismatch import empirical_denoiser, score_mismatch
 from distill.noise import MISMATCH
 from distill.student import OneStep
 from distill.toy import AffineStudent
@@ -73,7 +73,7 @@ def gaussian(mean: float, scale: float, dim: int = 2) -> GaussianMixture:
 
 def found(denoisers: dict[str, Any], sigmas: list[float], dim: int = 2, **options: Any) -> dict[str, list[float]]:
     noise = SampleNoise(0, range(4096), MISMATCH)
-    return mismatch(denoisers, student(dim)[0], sigmas, noise, (dim,), **options)
+    return score_mismatch(denoisers, student(dim)[0], sigmas, noise, (dim,), **options)
 
 
 def test_the_mismatch_of_the_exact_score_is_that_of_finitely_many_samples() -> None:
@@ -133,7 +133,7 @@ def test_conditions_go_with_their_rows() -> None:
         return denoise
 
     noise = SampleNoise(0, range(4096), MISMATCH)
-    values = mismatch(
+    values = score_mismatch(
         {"right": exact(True), "wrong": exact(False)}, OneStep(by_label, 2.5), [0.5], noise, (1,),
         conditions=lambda noise, device: noise.integers(2), rows=100,
     )  # fmt: skip
@@ -144,6 +144,6 @@ def test_conditions_go_with_their_rows() -> None:
 def test_a_measurement_repeats_itself_and_leaves_no_graph() -> None:
     network = student()[1]
     noises = [SampleNoise(4, range(100), MISMATCH) for _ in range(2)]
-    one, other = (mismatch({"a": gaussian(0.0, 1.0)}, OneStep(network, 2.5), [0.5], n, (2,)) for n in noises)
+    one, other = (score_mismatch({"a": gaussian(0.0, 1.0)}, OneStep(network, 2.5), [0.5], n, (2,)) for n in noises)
     assert one == other
     assert all(p.grad is None for p in network.parameters())
