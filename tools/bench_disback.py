@@ -44,6 +44,7 @@ LOW, HIGH = toy.SIGMA_MIN, toy.SIGMA_MAX
 SIGMA_DATA, SIGMA_INIT = 0.5, 2.5
 AVERAGE = 0.95  # decay of the student's weights, whose quality is looked at
 EVERY = 5  # updates between two looks at the quality
+LOOK = 2048  # samples that a look is at
 SUSTAINED = 3  # looks in a row below the threshold: then it is reached, at the first of them
 MISMATCH_AT = (0.1, 0.3, 1.0)
 UPDATE, STAGE_STEP, EXTRA = 8, 4, 1  # forward passes, a backward one counted twice; a score interpolation's further one
@@ -63,11 +64,12 @@ class Setting:
     teacher_steps: int = 3000
 
 
+RATES = (2e-4, 5e-4, 1e-3, 2e-3)
 EDM_NOISE = LogNormal(mean=-1.2, std=1.2)
 SETTINGS = {
-    "ring A": Setting("ring A", "ring", LogNormal(mean=-2.0, std=0.7), 0.10, 96, 240, (2e-4, 5e-4, 1e-3)),
-    "ring B": Setting("ring B", "ring", EDM_NOISE, 0.10, 96, 240, (2e-4, 5e-4, 1e-3)),
-    "digits": Setting("digits", "digits", EDM_NOISE, 1.5, 256, 300, (2e-4, 5e-4, 1e-3)),
+    "ring A": Setting("ring A", "ring", LogNormal(mean=-2.0, std=0.7), 0.10, 96, 120, RATES),
+    "ring B": Setting("ring B", "ring", EDM_NOISE, 0.10, 96, 120, RATES),
+    "digits": Setting("digits", "digits", EDM_NOISE, 1.5, 128, 240, RATES[1:]),
 }
 
 
@@ -77,7 +79,7 @@ class Arm:
 
     name: str
     target: str
-    updates: int = 60
+    updates: int = 15
     stage: int = 100
     stage_lr: float = 1e-3
     stages: int | None = None
@@ -129,7 +131,7 @@ def data_points(setting: Setting) -> Tensor:
 def quality(setting: Setting) -> Callable[[Tensor], float]:
     """The distance of samples [N, d] to the data: sliced W2 to the ring, 2-Wasserstein of Gaussians for the digits."""
     if setting.data == "ring":
-        reference = ring().sample(4096, generator=torch.Generator().manual_seed(1))
+        reference = ring().sample(LOOK, generator=torch.Generator().manual_seed(1))
         return lambda x: sliced_wasserstein(x, reference, torch.Generator().manual_seed(2), slices=50)
     held_out = FeatureStatistics(64)
     held_out.update(digits("held-out").images.flatten(1))
@@ -244,7 +246,7 @@ def run_student(run: Run, teacher: NetworkDenoiser) -> dict[str, Any]:
         average=(average, student, AVERAGE),
     )
     judge = quality(setting)
-    z = torch.randn(4096, *shape, generator=torch.Generator().manual_seed(3))
+    z = torch.randn(LOOK, *shape, generator=torch.Generator().manual_seed(3))
 
     def look() -> float:
         with torch.no_grad():
