@@ -26,7 +26,7 @@ from distill.nodes import MANIFEST, DegradationPath, Node, Weights, fingerprint,
 from distill.noise import DEGRADATION, MISMATCH, PROBE, Share, log_normal_level
 from distill.optim import prepare
 from distill.progress import Progress
-from distill.run import Run, drive
+from distill.run import Run, differences, drive, read_record
 from distill.student import OneStep
 from distill.subject import Subject, checked_subject, sampled
 from distill.targets import Backtracking, Fixed, Nodes, ScoreInterpolation, Target, WeightInterpolation
@@ -58,6 +58,7 @@ def degrade(
             raise ValueError(f"target.path: {folder} holds a path already; remove it or choose another")
         path = DegradationPath.read(folder)
         path.check(**_fingerprints(subject, stage.sigma_init))
+        _clear(folder)  # of a run that was killed when all was done but this
         return path
 
     share = Share(
@@ -158,6 +159,10 @@ def _finish(folder: Path, stage: Degrade, prints: dict[str, str], done: int, pro
         sha256, size = checkpoint.sha256(folder / name), (folder / name).stat().st_size
         nodes.append(Node(name, steps[index], mismatch_of[index], sha256, size))
     DegradationPath(folder, **prints, storage=stage.degradation.storage, nodes=tuple(nodes)).write()
+    _clear(folder)
+
+
+def _clear(folder: Path) -> None:
     for leftover in (CANDIDATES, "checkpoints"):
         shutil.rmtree(folder / leftover, ignore_errors=True)
 
@@ -173,6 +178,13 @@ def recorded_path(config: Train, subject: Subject) -> DegradationPath | None:
         return None
     path = DegradationPath.read(config.path)
     path.check(**_fingerprints(subject, config.student.sigma_init))
+    if config.target.path is None:  # made for this run; another run's path is taken as it is
+        changed = sorted(differences(read_record(path.folder), config.first_stage().model_dump(mode="json")))
+        if changed:
+            raise ValueError(
+                f"{', '.join(changed)}: {path.folder} was recorded with other values; remove it to record it anew, or "
+                "name it in target.path to use it as it is"
+            )
     between = len(path) - 1
     if config.target.name == "nodes" and config.target.updates < between:
         raise ValueError(
@@ -185,13 +197,14 @@ def recorded_path(config: Train, subject: Subject) -> DegradationPath | None:
 def target(config: Train, subject: Subject, path: DegradationPath | None, accelerator: Accelerator) -> Target:
     """The target that a configuration names; where it has a path, the fake score is set to its last node.
 
-    In memory a path holds one network (nodes, score interpolation) or two (weight interpolation) until the teacher is
-    reached.
+    Until the teacher is reached, a path holds one network (score interpolation; nodes, and another while one is read)
+    or two (weight interpolation).
     """
     if path is None:
         return Fixed(subject.target)
     choice, device = config.target, accelerator.device
-    teacher = {key: tensor.detach().clone() for key, tensor in subject.fake.state_dict().items()}
+    # What differences were taken to: the teacher, or of an exact one the untrained network that learned in its place.
+    teacher = (subject.fake if subject.network is None else subject.network).state_dict()
     last = path.weights(len(path), teacher)
     subject.fake.load_state_dict(last, strict=True)
     if choice.name == "warm":
@@ -200,13 +213,9 @@ def target(config: Train, subject: Subject, path: DegradationPath | None, accele
     network = copy.deepcopy(subject.fake).requires_grad_(False).eval().to(device)
     walk: Walk
     if choice.name == "nodes":
-        base = teacher if path.storage != "full" else {k: v.to("meta") for k, v in teacher.items()}
-        walk = Nodes(network, partial(path.weights, teacher=base), len(path))
+        walk = Nodes(network, partial(path.weights, teacher=teacher), len(path))
     elif choice.name == "weight-interpolation":
-        end = {key: tensor.to(device) for key, tensor in teacher.items()}
-        if subject.network is not None:
-            end = {key: tensor.detach() for key, tensor in subject.network.state_dict().items()}
-        walk = WeightInterpolation(network, last, end)
+        walk = WeightInterpolation(network, last, teacher)
     else:
         walk = ScoreInterpolation(network, subject.target)
     adaptive = choice.schedule == "adaptive"

@@ -62,7 +62,7 @@ class Run:
         if not before and self._checkpoints.exists():
             raise ValueError(f"--resume: {self.folder} has checkpoints but no config.yaml that says of what")
         if before:
-            changed = sorted(_differences(before, record))
+            changed = sorted(differences(before, record))
             if changed:
                 raise ValueError(f"--resume: the configuration of {self.folder} has changed in {', '.join(changed)}")
         accelerator.wait_for_everyone()
@@ -194,11 +194,11 @@ def _write(path: Path, text: str) -> None:
         file.write(text.encode())
 
 
-def _differences(before: Any, after: Any, prefix: str = "") -> list[str]:
+def differences(before: Any, after: Any, prefix: str = "") -> list[str]:
     """The dotted keys at which two configurations differ, those of `logging` and `run` left out."""
     if isinstance(before, dict) and isinstance(after, dict):
         keys = [key for key in {**before, **after} if prefix or key not in ("logging", "run")]
-        return [d for key in keys for d in _differences(before.get(key), after.get(key), f"{prefix}{key}.")]
+        return [d for key in keys for d in differences(before.get(key), after.get(key), f"{prefix}{key}.")]
     return [] if before == after else [prefix.rstrip(".")]
 
 

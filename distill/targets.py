@@ -97,11 +97,10 @@ class Nodes:
         node = targets - min(int(fraction * targets), targets - 1)
         if node == self.node:
             return
-        before = [p.detach().clone() for p in self._network.parameters()]
-        self._network.load_state_dict(self._load(node), strict=True)
-        after = list(self._network.parameters())
-        if all(bool((a == b).all()) for a, b in zip(before, after, strict=True)):
+        weights, before = self._load(node), self._network.state_dict()
+        if all(bool((weights[key].to(before[key]) == before[key]).all()) for key in before):
             raise ValueError(f"target.path: node {node} is the same network as the target before it")
+        self._network.load_state_dict(weights, strict=True)
         self.node = node
 
 

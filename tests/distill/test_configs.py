@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from distill.cli import _parse
 from distill.config import COMMANDS, Network, Teach, Train
-from distill.run import _differences
+from distill.run import differences
 from tests.distill.tiny import TEACH, TRAIN
 
 FILES = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
@@ -63,14 +63,14 @@ def test_a_configuration_is_frozen_and_closed() -> None:
         Train.model_validate(TRAIN | {"stepz": 3})
 
 
-def test_differences_are_named_by_their_keys() -> None:
+def testdifferences_are_named_by_their_keys() -> None:
     before = Train.model_validate(TRAIN).model_dump(mode="json")
     after = Train.model_validate(
         TRAIN | {"run": "elsewhere", "logging": {}, "seed": 1, "fake": {"noise": {"mean": 0.0}}}
     ).model_dump(mode="json")
-    assert sorted(_differences(before, after)) == ["fake.noise.mean", "seed"]
+    assert sorted(differences(before, after)) == ["fake.noise.mean", "seed"]
     del before["target"]
-    assert sorted(_differences(before, after)) == ["fake.noise.mean", "seed", "target"]
+    assert sorted(differences(before, after)) == ["fake.noise.mean", "seed", "target"]
 
 
 @pytest.mark.parametrize("channels", [(8,), (24, 32), (40, 64), (48, 64), (80, 160), (96, 192)])
