@@ -6,15 +6,13 @@ sigma_max = sigma_init returns D(sigma_init z, sigma_init), clip_denoised being 
 """
 
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from torch import nn
 
 from distill import checkpoint
+from distill.atomic import atomic_folder
 from distill.card import student_card
 from distill.config import Train
 from distill.run import read_record
@@ -42,19 +40,10 @@ def save_pipeline(folder: Path, network: nn.Module, scheduler: Any, facts: dict[
     from diffusers import ConsistencyModelPipeline
 
     check_replaceable(folder, facts["kind"])
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        ConsistencyModelPipeline(network, scheduler).save_pretrained(temporary, safe_serialization=True)
-        (temporary / FACTS).write_text(json.dumps(facts, indent=1))
-        (temporary / "README.md").write_text(card)
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.replace(folder)
-    except SafetensorError as error:
-        raise OSError(f"{folder}: cannot be written ({error})") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with atomic_folder(folder) as draft:
+        ConsistencyModelPipeline(network, scheduler).save_pretrained(draft, safe_serialization=True)
+        (draft / FACTS).write_text(json.dumps(facts, indent=1))
+        (draft / "README.md").write_text(card)
 
 
 def check_replaceable(folder: Path, kind: str) -> None:

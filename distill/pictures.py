@@ -33,7 +33,7 @@ def side_by_side(rows: list[tuple[str, Tensor]], path: Path, columns: int = 10) 
         axes.imshow(grid.permute(1, 2, 0).numpy(), interpolation="nearest")
         axes.set_title(title)
         axes.set_axis_off()
-    _write_figure(figure, path)
+    save_figure(figure, path)
 
 
 def save_points(points: Tensor, reference: Tensor, path: Path) -> None:
@@ -50,7 +50,7 @@ def save_points(points: Tensor, reference: Tensor, path: Path) -> None:
         else:
             axes.scatter(columns[0], columns[1], s=2, color=color, label=label)
     axes.legend(loc="upper right")
-    _write_figure(figure, path)
+    save_figure(figure, path)
 
 
 def save_curves(metrics_file: Path, path: Path) -> None:
@@ -80,7 +80,7 @@ def save_curves(metrics_file: Path, path: Path) -> None:
         axes.grid(alpha=0.3)
         if min(values) > 0:
             axes.set_yscale("log")
-    _write_figure(figure, path)
+    save_figure(figure, path)
 
 
 def node_switches(lines: list[dict[str, float]]) -> list[float]:
@@ -94,7 +94,8 @@ def to_uint8(images: Tensor) -> Tensor:
     return (127.5 * images.detach().cpu().float() + 128).clamp(0, 255).to(torch.uint8)
 
 
-def _write_figure(figure: object, path: Path) -> None:
+def save_figure(figure: object, path: Path) -> None:
+    """Writes a figure of matplotlib as PNG."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=110)  # type: ignore[attr-defined]

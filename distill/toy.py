@@ -5,8 +5,6 @@ Everything but the networks is known in closed form: the denoiser, the density a
 
 import json
 import math
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from distill.atomic import atomic_folder
 from distill.config import Toy
 from distill.data import Images
 from samplers import GaussianMixture, NetworkDenoiser
@@ -144,18 +143,9 @@ def save_denoiser(folder: Path, network: NetworkDenoiser, mixture: str, config: 
     if folder.exists() and sorted(p.name for p in folder.iterdir()) != sorted(_FILES):
         raise ValueError(f"{folder}: holds something that is no toy's network; choose another folder")
     facts = {"mixture": mixture, "hidden": config.hidden, "layers": config.layers, "sigma_data": network.sigma_data}
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        (temporary / _FILES[0]).write_text(json.dumps(facts, indent=1))
-        save_file({k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}, temporary / _FILES[1])
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.replace(folder)
-    except SafetensorError as error:
-        raise OSError(f"{folder}: cannot be written ({error})") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with atomic_folder(folder) as draft:
+        (draft / _FILES[0]).write_text(json.dumps(facts, indent=1))
+        save_file({k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}, draft / _FILES[1])
 
 
 def teacher_folder(path: str | Path) -> Path:

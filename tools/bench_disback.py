@@ -31,6 +31,7 @@ from distill.mismatch import score_mismatch
 from distill.nodes import Weights
 from distill.noise import PROBE, log_normal_level
 from distill.optim import Update, adamw, learning_rate, student_rate
+from distill.pictures import save_figure
 from distill.student import OneStep, update_average
 from distill.targets import Backtracking, Fixed, Nodes, ScoreInterpolation, Target, WeightInterpolation
 from distill.trainer import Trainer, train
@@ -426,6 +427,4 @@ def draw(folder: Path, arms: Sequence[Arm], teachers: Sequence[int], seeds: Sequ
         axes.set_xlabel("cost in updates, first stage counted")
         axes.set_ylabel("distance to the data")
         axes.legend(fontsize=7)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=110)
+    save_figure(figure, path)

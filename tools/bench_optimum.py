@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from distill import toy
 from distill.adversary import Adversary, Comparison, FakeHeads, TeacherHeads
-from distill.atomic import atomic_write
 from distill.config import LogNormal, Optimizer, Toy
 from distill.discriminator import Discriminator, log_ratio
 from distill.divergences import DIVERGENCES, FDivergence, alpha
 from distill.losses import denoising_loss
 from distill.noise import log_normal_level
 from distill.optim import Update, adamw, learning_rate
+from distill.pictures import save_figure
 from distill.real import RealMixture
 from distill.student import OneStep
 from distill.taps import Tap
@@ -184,9 +184,7 @@ def draw_optima(rows: list[tuple[str, list[float], list[float], list[list[float]
     plane.set_xlabel("m")
     plane.set_ylabel("s")
     plane.legend(fontsize=7)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=110)
+    save_figure(figure, path)
 
 
 def two_laws() -> tuple[GaussianMixture, GaussianMixture]:
