@@ -1,0 +1,57 @@
+"""What a path holds in memory beside the trainer's own networks: two at most, and none when the teacher is reached."""
+
+import gc
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from distill import disback
+from distill.config import Train
+from distill.subject import load_subject
+from distill.targets import Backtracking
+from tests.distill.tiny import TRAIN
+
+
+def held() -> int:
+    """Bytes of all float tensors that are alive, each storage once."""
+    gc.collect()
+    with warnings.catch_warnings(action="ignore"):
+        tensors = [o for o in gc.get_objects() if isinstance(o, torch.Tensor) and o.is_floating_point()]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "storage", "networks"),
+    [
+        ("nodes", "full", 1),
+        ("nodes", "half", 1),
+        ("nodes", "low-rank", 1),
+        ("weight-interpolation", "full", 2),
+        ("score-interpolation", "full", 1),
+    ],
+)
+def test_a_path_holds_no_more_than_it_says_and_lets_go_of_it(
+    place: Path, monkeypatch: pytest.MonkeyPatch, name: str, storage: str, networks: int
+) -> None:
+    monkeypatch.chdir(place)
+    changes = {
+        "target": {"name": name, "updates": 4},
+        "degradation": {"steps": 8, "nodes": 3, "storage": storage, "check_every": 100, "rank": 2},
+    }
+    config = Train.model_validate(TRAIN | changes)
+    path = disback.degrade(config)
+    subject = load_subject(config, torch.device("cpu"))
+    size = sum(tensor.nbytes for tensor in subject.fake.state_dict().values())
+    before = held()
+    target = disback.target(config, subject, path, Accelerator())
+    assert isinstance(target, Backtracking)
+    for n in range(4):
+        target.begin(n)
+        assert not target.final
+        assert networks * size <= held() - before < (networks + 0.05) * size
+    target.begin(4)
+    assert target.final
+    assert held() - before < 0.05 * size
