@@ -227,8 +227,8 @@ class TargetChoice(Section):
 class Degradation(Section):
     """DisBack's first stage: a copy of the teacher learns the first student's samples, and is kept on the way."""
 
-    optimizer: Optimizer = Optimizer(lr=1e-3, betas=(0.0, 0.99), schedule="constant")
-    steps: Count = Field(400, description="updates at most")
+    optimizer: Optimizer = Optimizer(lr=1e-3, betas=(0.0, 0.99))
+    steps: Count = Field(200, description="updates at most; over so many the learning rate's schedule runs")
     check_every: Count = Field(25, description="updates between looks at the loss of a fixed batch")
     tolerance: Fraction = Field(0.02, description="the relative fall of that loss below which a look is in vain")
     patience: Count = Field(2, description="looks in vain, one after the other, that end the stage")

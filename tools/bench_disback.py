@@ -85,6 +85,7 @@ class Arm:
     stage_lr: float = 1e-3
     stages: int | None = None
     nodes: int = 5
+    schedule: Literal["constant", "cosine"] = "constant"  # of stage 1's learning rate
 
     @property
     def warm(self) -> bool:
@@ -173,9 +174,11 @@ def record(teacher: NetworkDenoiser, arm: Arm, seed: int) -> tuple[list[Weights]
     """Stage 1: the weights of the nodes, and its cost in passes."""
     network, shape = copy.deepcopy(teacher).requires_grad_(True), (dimension(teacher),)
     config = Degradation(
-        optimizer=Optimizer(lr=arm.stage_lr, betas=(0.0, 0.999), schedule="constant"), steps=arm.stage, nodes=arm.nodes
+        optimizer=Optimizer(lr=arm.stage_lr, betas=(0.0, 0.999), schedule=arm.schedule),
+        steps=arm.stage,
+        nodes=arm.nodes,
     )
-    update = Update(adamw(network, config.optimizer), lambda step: arm.stage_lr)
+    update = Update(adamw(network, config.optimizer), partial(learning_rate, config.optimizer, steps=arm.stage))
     level = partial(log_normal_level, config=EDM_NOISE, sigma_min=LOW, sigma_max=HIGH)
     student = OneStep(teacher, SIGMA_INIT)
     probed = probe(student, level, SampleNoise(seed, range(256), PROBE), shape, lambda *_: None, 256, "cpu")
