@@ -385,7 +385,10 @@ def test_a_dry_run_says_the_target_and_writes_nothing(recorded: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["nodes", "bridge", "adaptive"])
 def test_two_processes_walk_the_path_that_one_does(place: Path, kind: str) -> None:
-    """Both stages; the nodes are the same steps, their weights and all losses to 1e-4."""
+    """Both stages; the nodes are the same steps, their weights and all losses to 1e-4.
+
+    But for the bias of the keys, which no attention depends on: its gradient is rounding, of which Adam makes steps.
+    """
     changes: dict[str, Any] = {
         "nodes": {"target": target("nodes", updates=6, path=None)},
         "bridge": bridge(updates=6, path=None),
@@ -400,7 +403,8 @@ def test_two_processes_walk_the_path_that_one_does(place: Path, kind: str) -> No
     assert [n["step"] for n in nodes[0]] == [n["step"] for n in nodes[1]]
     for node in nodes[0]:
         weights = [load_file(folder / "path" / node["file"]) for folder in (one, two)]
-        assert all(torch.allclose(weights[0][k], weights[1][k], rtol=1e-4, atol=1e-4) for k in weights[0])
+        seen = [key for key in weights[0] if not key.endswith("to_k.bias")]
+        assert all(torch.allclose(weights[0][k], weights[1][k], rtol=1e-4, atol=1e-5) for k in seen)
     for folders in ((one / "path", two / "path"), (one, two)):
         for a, b in zip(lines(folders[0]), lines(folders[1]), strict=True):
             assert a.keys() == b.keys()
