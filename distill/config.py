@@ -351,6 +351,12 @@ class Train(Section):
                 f"target.ratio: bridge; needed are real samples (real.name: {self.real.name}) and a divergence that "
                 f"weights (divergence.name: {self.divergence.name})"
             )
+        if target.ratio == "bridge" and self.discriminator.r1:
+            raise ValueError(f"discriminator.r1: {self.discriminator.r1}; a bridge has no penalty, accepted is 0")
+        if target.name == "nodes" and target.path is None and self.degradation.nodes < 2:
+            raise ValueError(
+                f"degradation.nodes: {self.degradation.nodes}; target.name: nodes needs 2 or more (1 is that of warm)"
+            )
         return self
 
     @property

@@ -28,7 +28,7 @@ from distill.optim import prepare
 from distill.progress import Progress
 from distill.run import Run, differences, drive, read_record
 from distill.student import OneStep
-from distill.subject import Subject, checked_subject, sampled
+from distill.subject import Subject, checked_subject, sampled, sigma_init
 from distill.targets import Backtracking, Fixed, Nodes, ScoreInterpolation, Target, WeightInterpolation
 from distill.targets import Path as Walk
 from samplers import Denoiser, SampleNoise
@@ -57,7 +57,7 @@ def degrade(
         if not resume:
             raise ValueError(f"target.path: {folder} holds a path already; remove it or choose another")
         path = DegradationPath.read(folder)
-        path.check(**_fingerprints(subject, stage.sigma_init))
+        path.check(**_fingerprints(stage, subject))
         _clear(folder)  # of a run that was killed when all was done but this
         return path
 
@@ -65,7 +65,7 @@ def degrade(
         stage.seed, stage.batch_size, accelerator.process_index, accelerator.num_processes, stream=DEGRADATION
     )
     teacher = {key: tensor.detach().clone() for key, tensor in subject.fake.state_dict().items()}
-    prints = _fingerprints(subject, stage.sigma_init)
+    prints = _fingerprints(stage, subject)
     run = Run(stage, resume, accelerator)
     candidates = folder / CANDIDATES
     student = OneStep(subject.student.to(accelerator.device).requires_grad_(False), stage.sigma_init)
@@ -167,24 +167,32 @@ def _clear(folder: Path) -> None:
         shutil.rmtree(folder / leftover, ignore_errors=True)
 
 
-def _fingerprints(subject: Subject, sigma_init: float) -> dict[str, str]:
+def _fingerprints(config: Train | Degrade, subject: Subject) -> dict[str, str]:
     """Of what a path is made from: the teacher, or what learns in its place, and the first student."""
-    return {"teacher": fingerprint(subject.fake), "student": fingerprint(subject.student, sigma_init=sigma_init)}
+    network = subject.fake
+    facts: dict[str, Any] = {"name": config.teacher.name, "coordinates": type(network.coordinates).__name__}
+    facts |= {name: getattr(network, name) for name in ("sigma_min", "sigma_max", "sigma_data")}
+    start = {"sigma_init": sigma_init(config), "toy": config.toy.model_dump() if config.teacher.exact else None}
+    return {"teacher": fingerprint(network, **facts), "student": fingerprint(subject.student, **facts, **start)}
 
 
 def recorded_path(config: Train, subject: Subject) -> DegradationPath | None:
     """The run's path, if it needs one and it is recorded. Raises ValueError for one that does not fit the run."""
-    if config.target.name == "fixed" or not (Path(config.path) / MANIFEST).is_file():
+    if config.target.name == "fixed":
         return None
-    path = DegradationPath.read(config.path)
-    path.check(**_fingerprints(subject, config.student.sigma_init))
-    if config.target.path is None:  # made for this run; another run's path is taken as it is
-        changed = sorted(differences(read_record(path.folder), config.first_stage().model_dump(mode="json")))
+    folder, record = Path(config.path), read_record(Path(config.path))
+    complete = (folder / MANIFEST).is_file()
+    if record and (config.target.path is None or not complete):  # another run's path is taken as it is
+        changed = sorted(differences(record, config.first_stage().model_dump(mode="json")))
         if changed:
+            use = "name it in target.path to use it as it is" if complete else "choose another folder"
             raise ValueError(
-                f"{', '.join(changed)}: {path.folder} was recorded with other values; remove it to record it anew, or "
-                "name it in target.path to use it as it is"
+                f"{', '.join(changed)}: {folder} was recorded with other values; remove it to record it anew, or {use}"
             )
+    if not complete:
+        return None
+    path = DegradationPath.read(folder)
+    path.check(**_fingerprints(config, subject))
     between = len(path) - 1
     if config.target.name == "nodes" and config.target.updates < between:
         raise ValueError(

@@ -141,9 +141,9 @@ def decode(stored: Weights, teacher: Weights, name: str = "node") -> Weights:
             weights[key] = stored[key]
         elif key in teacher:
             parts = {k: _whole(f"{key}|{k}", stored) for k in ("delta", "left", "right") if f"{key}|{k}" in stored}
-            delta = parts["delta"] if "delta" in parts else parts["left"] @ parts["right"]
             base = teacher[key].detach().cpu()
-            if delta.numel() != base.numel():
+            delta = parts["delta"] if "delta" in parts else parts["left"] @ parts["right"]
+            if delta.shape != (base.shape if "delta" in parts else base.flatten(1).shape):
                 raise ValueError(f"target.path: {name}: does not fit this network: {key}")
             weights[key] = (base.float() + delta.reshape(base.shape)).to(base.dtype)
         else:

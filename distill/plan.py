@@ -51,10 +51,13 @@ def notices(config: Train) -> list[str]:
     if config.adversarial_weight:
         waiting.append("the adversarial term")
     if not config.divergence.constant and target.ratio != "bridge":
-        waiting.append(f"the weights of {config.divergence.name}")
+        waiting.append(f"the weight of {config.divergence.name}")
     latest = " at the latest" if target.schedule == "adaptive" else ""
     lines = [f"target: {target.name} for {target.updates} updates{latest}, then the teacher; path: {config.path}"]
-    return [*lines, f"{' and '.join(waiting)} wait for the teacher (until then h = 1)"] if waiting else lines
+    if waiting:
+        verb = "waits" if len(waiting) == 1 else "wait"
+        lines.append(f"{' and '.join(waiting)} {verb} for the teacher (until then h = 1)")
+    return lines
 
 
 def passes(config: Train) -> list[str]:

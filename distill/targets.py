@@ -98,7 +98,9 @@ class Nodes:
         if node == self.node:
             return
         weights, before = self._load(node), self._network.state_dict()
-        if all(bool((weights[key].to(before[key]) == before[key]).all()) for key in before):
+        if weights.keys() == before.keys() and all(
+            bool((weights[key].to(before[key]) == before[key]).all()) for key in before
+        ):
             raise ValueError(f"target.path: node {node} is the same network as the target before it")
         self._network.load_state_dict(weights, strict=True)
         self.node = node
@@ -163,9 +165,9 @@ class Backtracking(nn.Module):
 
     path is let go when the teacher is reached. updates: until then; at a fixed schedule the fraction grows evenly.
     stages: None, or of an adaptive schedule: the next stage begins when the mismatch between target and fake score, a
-    mean over `window` updates, is `fall` times what it was in the stage's first window, and updates / stages after the
-    last one at the latest. average(tensor): over the processes. A target switches when the node, the stage or the
-    teacher is another; within an even interpolation it drifts.
+    mean over `window` updates, is below `fall` times what it was in the stage's first window, and when an even schedule
+    would have begun it at the latest. average(tensor): over the processes. A target switches when the node, the stage
+    or the teacher is another; within an even interpolation it drifts.
     """
 
     state: Tensor  # stage, updates in it, its first mismatch (NaN: not seen), place (NaN: no update yet); on the CPU
@@ -188,7 +190,7 @@ class Backtracking(nn.Module):
         self._path: Path | None = path
         self._teacher = (teacher,)  # not a part of this module: its weights belong to no checkpoint of the target
         self._updates, self._stages, self._window, self._fall = updates, stages, window, fall
-        self._average, self.fraction = average, 0.0
+        self._average, self.fraction, self._done = average, 0.0, 0
         self.register_buffer("state", torch.tensor([0.0, 0.0, math.nan, math.nan], dtype=torch.float64))
         self.register_buffer("seen", torch.zeros((), device=device))
 
@@ -200,6 +202,7 @@ class Backtracking(nn.Module):
         return (self._path or self._teacher[0])(x, sigma, cond)
 
     def begin(self, n: int) -> bool:
+        self._done = n
         if self._path is None:
             return False
         if self._stages is None:
@@ -230,12 +233,13 @@ class Backtracking(nn.Module):
         self.seen += mismatch.to(self.seen)
         stage, age, first, place = self.state.tolist()
         age += 1
-        late = age >= self._updates / self._stages
+        due = math.floor((self._done + 1) * self._stages / self._updates)  # where an even schedule would be next
+        late = due > stage
         if late or age % self._window == 0:
             mean = self._average(self.seen).item() / (age % self._window or self._window)
             self.seen.zero_()
             if late or mean < self._fall * first:  # never where there is no first one: NaN compares false
-                stage, age, first = stage + 1, 0.0, math.nan
+                stage, age, first = max(stage + 1, float(due)), 0.0, math.nan
             elif math.isnan(first):
                 first = mean
         self.state.copy_(torch.tensor([stage, age, first, place], dtype=torch.float64))

@@ -63,7 +63,7 @@ def test_a_configuration_is_frozen_and_closed() -> None:
         Train.model_validate(TRAIN | {"stepz": 3})
 
 
-def testdifferences_are_named_by_their_keys() -> None:
+def test_differences_are_named_by_their_keys() -> None:
     before = Train.model_validate(TRAIN).model_dump(mode="json")
     after = Train.model_validate(
         TRAIN | {"run": "elsewhere", "logging": {}, "seed": 1, "fake": {"noise": {"mean": 0.0}}}

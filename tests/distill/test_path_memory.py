@@ -10,6 +10,7 @@ from accelerate import Accelerator
 
 from distill import disback
 from distill.config import Train
+from distill.nodes import DegradationPath
 from distill.subject import load_subject
 from distill.targets import Backtracking
 from tests.distill.tiny import TRAIN
@@ -23,6 +24,24 @@ def held() -> int:
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory, pipeline: Path) -> Path:
+    """A folder with a teacher and a path of every kind of storage."""
+    folder = tmp_path_factory.mktemp("paths")
+    for storage in ("full", "half", "low-rank"):
+        disback.degrade(config(folder, pipeline, "nodes", storage))
+    return folder
+
+
+def config(folder: Path, pipeline: Path, name: str, storage: str) -> Train:
+    changes = {
+        "teacher": {"path": str(pipeline)},
+        "target": {"name": name, "updates": 4, "path": str(folder / storage)},
+        "degradation": {"steps": 4, "nodes": 3, "storage": storage, "check_every": 100, "rank": 2},
+    }
+    return Train.model_validate(TRAIN | changes)
+
+
 @pytest.mark.parametrize(
     ("name", "storage", "networks"),
     [
@@ -34,19 +53,14 @@ def held() -> int:
     ],
 )
 def test_a_path_holds_no_more_than_it_says_and_lets_go_of_it(
-    place: Path, monkeypatch: pytest.MonkeyPatch, name: str, storage: str, networks: int
+    recorded: Path, pipeline: Path, name: str, storage: str, networks: int
 ) -> None:
-    monkeypatch.chdir(place)
-    changes = {
-        "target": {"name": name, "updates": 4},
-        "degradation": {"steps": 8, "nodes": 3, "storage": storage, "check_every": 100, "rank": 2},
-    }
-    config = Train.model_validate(TRAIN | changes)
-    path = disback.degrade(config)
-    subject = load_subject(config, torch.device("cpu"))
+    configured = config(recorded, pipeline, name, storage)
+    path = DegradationPath.read(configured.path)
+    subject = load_subject(configured, torch.device("cpu"))
     size = sum(tensor.nbytes for tensor in subject.fake.state_dict().values())
     before = held()
-    target = disback.target(config, subject, path, Accelerator())
+    target = disback.target(configured, subject, path, Accelerator())
     assert isinstance(target, Backtracking)
     for n in range(4):
         target.begin(n)
