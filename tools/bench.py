@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tools.bench_cost import cost_table
 from tools.bench_digits import compare, digits, digits_table
-from tools.bench_disback import ARMS, SETTINGS, draw, make, mismatch_table
+from tools.bench_disback import ARMS, SETTINGS, SHORT, draw, make, mismatch_table
 from tools.bench_disback import table as disback_table
 from tools.bench_optimum import draw_optima, optimum_rows, optimum_table, ratio_table
 from tools.bench_toys import coverage
@@ -72,6 +72,9 @@ def _disback(folder: Path, jobs: int) -> str:
     for setting in SETTINGS.values():
         make(folder, setting, ARMS, teachers, seeds, jobs)
         tables.append(disback_table(folder, setting, ARMS, teachers, seeds))
+    setting, fresh = SETTINGS["ring B"], range(8, 16)
+    make(folder, setting, SHORT, fresh, seeds, jobs)
+    tables.append("a short first stage; " + disback_table(folder, setting, SHORT, fresh, seeds))
     draw(folder, ARMS, teachers, seeds, folder / "disback.png")
     return "\n".join([*tables, mismatch_table(folder, teachers), f"picture: {folder / 'disback.png'}\n"])
 

@@ -100,6 +100,13 @@ ARMS = (
     Arm("scores", "score-interpolation"),
 )
 
+_BRIEF: dict[str, Any] = {"stage": 6, "stage_lr": 4e-3, "schedule": "cosine"}
+SHORT = (  # the best of a search for a small cost, on other teachers
+    *ARMS[:2],
+    Arm("DI-warm, short stage 1", "warm", **_BRIEF),
+    Arm("scores, short stage 1", "score-interpolation", updates=5, **_BRIEF),
+)
+
 
 @dataclass(frozen=True)
 class Run:
