@@ -47,6 +47,10 @@ class Adversary(Protocol):
     @property
     def bridges(self) -> bool: ...
 
+    def settle(self) -> None:
+        """Is told, where it bridges, that the target is the teacher for good."""
+        ...
+
     def compare(
         self, fake: Denoiser, target: Denoiser, x: Tensor, sigma: Tensor, cond: Any, adversarial: bool
     ) -> Comparison:
@@ -68,6 +72,9 @@ class ScoreOnly:
     """No discriminator: the fake score alone follows the student."""
 
     bridges = False
+
+    def settle(self) -> None:
+        pass
 
     @torch.no_grad()
     def compare(
@@ -95,7 +102,8 @@ class _Heads:
     starts: as reals, samples of the first student. Then the heads, of two ratios, estimate ln p / q and ln p_start / q,
     and on a score interpolation (1 - f) s_start + f s, the geometric bridge of both laws, ln r is f times the one and
     1 - f times the other, up to a constant at each noise level, which the normalisation of r by its mean there finds.
-    Without R1. Costs the encoder over B samples more in each fake step.
+    Without R1. Costs, until the teacher is reached, a pass of the first student and the encoder over B samples more in
+    each fake step.
     """
 
     network: nn.Module
@@ -118,6 +126,17 @@ class _Heads:
     def bridges(self) -> bool:
         return self.starts is not None
 
+    def settle(self) -> None:
+        self.starts = None
+
+    def _used(self, logits: Tensor) -> Tensor:
+        """Logits [B, heads, 2] on a bridge; otherwise [B, heads], of heads that have learned two ratios the first."""
+        return logits if self.bridges or self.heads.ratios == 1 else logits[..., 0]
+
+    def _of_both(self, real: Tensor, start: Tensor) -> Tensor:
+        """Logits [B, heads, 2] of each ratio's own numerator."""
+        return torch.stack([real[..., 0], start[..., 1]], -1)
+
     def _judge(
         self, denoiser: Denoiser, x: Tensor, sigma: Tensor, cond: Any, adversarial: bool, fraction: float
     ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -132,6 +151,7 @@ class _Heads:
         def end(features: list[Tensor]) -> None:
             with saved_tensors_hooks(_as_it_is, _as_it_is):  # the heads are no part of a block that is run again
                 logits = self.heads([f[: len(x)] for f in features])
+                logits = self._used(logits)
                 if self.bridges:
                     logits = torch.lerp(logits[..., 1], logits[..., 0], fraction)
                 found.append(logits.detach())
@@ -210,9 +230,9 @@ class TeacherHeads(_Heads):
         real = self._real(level, cond, noise)
         with frozen(self.network), torch.set_grad_enabled(real[0].requires_grad):
             features = self._encode([fake, *real], level, cond)
-        of_fake, of_real, *of_others = self.train_heads(features).split(len(x0))
+        of_fake, of_real, *of_others = self._used(self.train_heads(features)).split(len(x0))
         if self.bridges:
-            of_real = torch.stack([of_real[..., 0], of_others[0][..., 1]], -1)  # of each ratio, its own numerator
+            of_real = self._of_both(of_real, of_others[0])
         loss = discriminator_loss(of_real, of_fake).mean(0).sum()
         metrics["discriminator_loss"] = loss.detach()
         yield self._penalised(loss, real[0], of_real, of_others, metrics)
@@ -244,9 +264,9 @@ class FakeHeads(_Heads):
     ) -> Iterator[Tensor]:
         # Not through what wraps the networks for several processes: gradients are reduced with the second loss.
         real = self._real(sigma, cond, noise)
-        of_real, *of_others = self.heads(self._encode(real, sigma, cond)).split(len(x0))
+        of_real, *of_others = self._used(self.heads(self._encode(real, sigma, cond))).split(len(x0))
         if self.bridges:
-            of_real = torch.stack([of_real[..., 0], of_others[0][..., 1]], -1)
+            of_real = self._of_both(of_real, of_others[0])
         loss = adversarial_loss(of_real).mean(0).sum()
         metrics["discriminator_loss"] = loss.detach()
         yield self._penalised(loss, real[0], of_real, of_others, metrics)
@@ -254,7 +274,7 @@ class FakeHeads(_Heads):
 
         with self.tap.record() as features:
             fake_loss = denoising().mean()
-        of_student = adversarial_loss(-self.train_heads(features)).mean(0).sum()
+        of_student = adversarial_loss(-self._used(self.train_heads(features))).mean(0).sum()
         metrics["discriminator_loss"] = metrics["discriminator_loss"] + of_student.detach()
         metrics["fake_loss"] = fake_loss.detach()
         yield fake_loss + self.weight * of_student

@@ -138,6 +138,8 @@ def _check_file(arguments: list[str]) -> None:
         if not isinstance(content, dict):
             raise ValueError(f"--config: {file}: holds no keys")
         named = content.get("command")
+        if named == "degrade":
+            raise ValueError(f"--config: {file}: is the record of a path; `distill degrade` takes that of its run")
         if isinstance(named, str) and named in COMMANDS and named != arguments[0] and arguments[0] in COMMANDS:
             if (arguments[0], named) == ("degrade", "train"):
                 continue

@@ -184,8 +184,10 @@ class StudentNoise(Section):
     sigma_max: Positive | None = Field(None, description="highest level; null is the teacher's")
     rho: Positive = Field(7.0, description="exponent of the grid")
     trim: Annotated[float, Field(ge=0, lt=0.5)] = Field(0.02, description="share left out at each end")
-    weighting: Literal["distance", "level"] = Field(
-        "distance", description="levels made alike by each sample's distance to its prediction (DMD), or by level only"
+    weighting: Literal["distance", "level", "none"] = Field(
+        "distance",
+        description="levels made alike by each sample's distance to its prediction (DMD), by level only, or not at all "
+        "(Diff-Instruct)",
     )
 
 
@@ -197,12 +199,12 @@ class TargetChoice(Section):
         description="fixed: the teacher throughout; the others start from a fake score that fits the first student, "
         "and pull to the teacher at once (warm) or first to what lies between, as the name says",
     )
-    path: str | None = Field(None, description="folder of the degradation path; null is RUN/path, made if missing")
+    path: str | None = Field(None, description="folder of the degradation path, made if missing; null is RUN/path")
     updates: Count = Field(50, description="updates before the teacher is the target; 10 to 15 % of the run")
-    schedule: Literal["fixed", "adaptive"] = Field(
-        "fixed", description="even; or on as soon as the mismatch has halved since the last switch, even at the latest"
+    schedule: Literal["even", "adaptive"] = Field(
+        "even", description="even; or on as soon as the mismatch has halved since the last switch, even at the latest"
     )
-    stages: Count = Field(5, description="of an adaptive interpolation")
+    stages: Count = Field(5, description="of an adaptive interpolation; of nodes, every one is a stage")
     ratio: Literal["teacher", "bridge"] = Field(
         "teacher",
         description="teacher: a divergence weights from the teacher on; bridge: on the way too, by a second ratio "
@@ -336,7 +338,7 @@ class Train(Section):
             raise ValueError(
                 f"target.updates: {target.updates} do not leave an update of steps: {self.steps} for the teacher"
             )
-        if target.name == "nodes" and target.updates < self.degradation.nodes - 1:
+        if target.name == "nodes" and target.path is None and target.updates < self.degradation.nodes - 1:
             raise ValueError(
                 f"target.updates: {target.updates} are less than one for each of the {self.degradation.nodes - 1} "
                 f"targets between degradation.nodes: {self.degradation.nodes} and the teacher"
@@ -351,6 +353,10 @@ class Train(Section):
                 f"target.ratio: bridge; needed are real samples (real.name: {self.real.name}) and a divergence that "
                 f"weights (divergence.name: {self.divergence.name})"
             )
+        if target.ratio == "bridge" and not self.divergence.normalise:
+            raise ValueError(
+                "divergence.normalise: False; a bridge's ratio is known up to a constant only, accepted is True"
+            )
         if target.ratio == "bridge" and self.discriminator.r1:
             raise ValueError(f"discriminator.r1: {self.discriminator.r1}; a bridge has no penalty, accepted is 0")
         if target.name == "nodes" and target.path is None and self.degradation.nodes < 2:
@@ -364,9 +370,9 @@ class Train(Section):
         """The folder of the degradation path."""
         return self.target.path or f"{self.run}/path"
 
-    def first_stage(self) -> "Degrade":
+    def first_stage(self) -> "FirstStage":
         """What decides the degradation path, of all that decides this run."""
-        return Degrade(
+        return FirstStage(
             run=self.path,
             seed=self.seed,
             teacher=self.teacher.model_copy(update={"guidance": 1.0}),
@@ -381,7 +387,7 @@ class Train(Section):
         )
 
 
-class Degrade(Section):
+class FirstStage(Section):
     """Record how the teacher degrades to a first student: what a path's own configuration says."""
 
     command: Literal["degrade"] = Field("degrade", description="what this file is for")

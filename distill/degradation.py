@@ -7,7 +7,6 @@ the networks on the way lead from one that fits the student to the teacher.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from distill.losses import denoising_loss
 from distill.noise import Share
 from distill.optim import Update
 from distill.student import OneStep
-from distill.targets import relative_difference
+from distill.targets import score_difference
 from samplers import Denoiser, SampleNoise
 from samplers.denoiser import expand
 
@@ -135,10 +134,10 @@ def is_candidate(done: int) -> bool:
     return any(round(GROWTH**k) == done for k in (nearest - 1, nearest, nearest + 1))
 
 
-def mismatches(denoised: Sequence[Tensor], x_sigma: Tensor) -> list[float]:
-    """Of each of several predictions at a probe to the last one: the mean of |s - s_last| / |s_last|."""
-    relative = partial(relative_difference, reference=denoised[-1], x_sigma=x_sigma)
-    return [float(relative(prediction).mean()) for prediction in denoised]
+def mismatches(denoised: Sequence[Tensor], x_sigma: Tensor, sigma: Tensor) -> list[float]:
+    """Of each of several predictions at a probe to the last one: sigma |s - s_last| over sigma |s_last|, of means."""
+    pairs = [score_difference(prediction, denoised[-1], x_sigma, sigma).tolist() for prediction in denoised]
+    return [difference / length for difference, length in pairs]
 
 
 def choose(mismatch: Sequence[float], steps: Sequence[int], config: Degradation) -> list[int]:

@@ -19,18 +19,17 @@ from torch import Tensor
 
 from distill import checkpoint
 from distill.atomic import atomic_write
-from distill.config import Degradation, Degrade, Train
+from distill.config import Degradation, FirstStage, Train
 from distill.degradation import Degrader, Plateau, Probe, choose, is_candidate, mismatches, probe
 from distill.mismatch import SAMPLES, score_mismatch
 from distill.nodes import MANIFEST, DegradationPath, Node, Weights, fingerprint, write_node
 from distill.noise import DEGRADATION, MISMATCH, PROBE, Share, log_normal_level
 from distill.optim import prepare
-from distill.progress import Progress
+from distill.progress import Progress, is_first
 from distill.run import Run, differences, drive, read_record
 from distill.student import OneStep
 from distill.subject import Subject, checked_subject, sampled, sigma_init
-from distill.targets import Backtracking, Fixed, Nodes, ScoreInterpolation, Target, WeightInterpolation
-from distill.targets import Path as Walk
+from distill.targets import Backtracking, Fixed, Nodes, ScoreInterpolation, Target, Walk, WeightInterpolation
 from samplers import Denoiser, SampleNoise
 from samplers.schedules import karras_sigma
 
@@ -56,9 +55,9 @@ def degrade(
     if (folder / MANIFEST).is_file():
         if not resume:
             raise ValueError(f"target.path: {folder} holds a path already; remove it or choose another")
+        _refuse_other_settings(config, complete=True)
         path = DegradationPath.read(folder)
         path.check(**_fingerprints(stage, subject))
-        _clear(folder)  # of a run that was killed when all was done but this
         return path
 
     share = Share(
@@ -138,6 +137,8 @@ class _Recorder:
         """Keeps the network as it is after `done` updates, and what it says of the probe; of the teacher only that."""
         self._folder.mkdir(parents=True, exist_ok=True)
         prediction = self._probed.denoise(self._network)
+        if not bool(prediction.isfinite().all()):
+            raise FloatingPointError(f"step {done}: a prediction of the network is not finite; stopped")
         with atomic_write(self._folder / f"{done:08d}.probe") as file:
             file.write(save({"denoised": prediction.cpu().contiguous()}))
         if done:
@@ -146,16 +147,16 @@ class _Recorder:
             write_node(file_name, weights, self._teacher, self._config.storage, self._config.rank)
 
 
-def _finish(folder: Path, stage: Degrade, prints: dict[str, str], done: int, probed: Probe) -> None:
+def _finish(folder: Path, stage: FirstStage, prints: dict[str, str], done: int, probed: Probe) -> None:
     """Makes nodes of the candidates up to `done`, writes the manifest, and clears away what only a resume needs."""
     steps = [0, *sorted(int(f.stem) for f in (folder / CANDIDATES).glob("*.safetensors") if int(f.stem) <= done)]
     denoised = [load_file(folder / CANDIDATES / f"{step:08d}.probe")["denoised"] for step in steps]
-    mismatch_of = mismatches(denoised, probed.x_sigma.cpu())
+    mismatch_of = mismatches(denoised, probed.x_sigma.cpu(), probed.sigma.cpu())
     nodes = []
     for k, index in enumerate(choose(mismatch_of, steps, stage.degradation), start=1):
         source, name = folder / CANDIDATES / f"{steps[index]:08d}.safetensors", f"node-{k:03d}.safetensors"
-        with atomic_write(folder / name) as file:
-            file.write(source.read_bytes())
+        with atomic_write(folder / name) as file, source.open("rb") as candidate:
+            shutil.copyfileobj(candidate, file)
         sha256, size = checkpoint.sha256(folder / name), (folder / name).stat().st_size
         nodes.append(Node(name, steps[index], mismatch_of[index], sha256, size))
     DegradationPath(folder, **prints, storage=stage.degradation.storage, nodes=tuple(nodes)).write()
@@ -163,11 +164,12 @@ def _finish(folder: Path, stage: Degrade, prints: dict[str, str], done: int, pro
 
 
 def _clear(folder: Path) -> None:
+    """Removes from a complete path what only a resume of stage 1 would need."""
     for leftover in (CANDIDATES, "checkpoints"):
         shutil.rmtree(folder / leftover, ignore_errors=True)
 
 
-def _fingerprints(config: Train | Degrade, subject: Subject) -> dict[str, str]:
+def _fingerprints(config: Train | FirstStage, subject: Subject) -> dict[str, str]:
     """Of what a path is made from: the teacher, or what learns in its place, and the first student."""
     network = subject.fake
     facts: dict[str, Any] = {"name": config.teacher.name, "coordinates": type(network.coordinates).__name__}
@@ -176,23 +178,32 @@ def _fingerprints(config: Train | Degrade, subject: Subject) -> dict[str, str]:
     return {"teacher": fingerprint(network, **facts), "student": fingerprint(subject.student, **facts, **start)}
 
 
+def _refuse_other_settings(config: Train, complete: bool) -> None:
+    """Raises ValueError where the path of a run was recorded, or begun, as the run does not say."""
+    folder = Path(config.path)
+    record = read_record(folder)
+    changed = sorted(differences(record, config.first_stage().model_dump(mode="json"))) if record else []
+    if changed:
+        use = "name it in target.path of a run to use it as it is" if complete else "choose another folder"
+        raise ValueError(
+            f"{', '.join(changed)}: {folder} was recorded with other values; remove it to record it anew, or {use}"
+        )
+
+
 def recorded_path(config: Train, subject: Subject) -> DegradationPath | None:
     """The run's path, if it needs one and it is recorded. Raises ValueError for one that does not fit the run."""
     if config.target.name == "fixed":
         return None
-    folder, record = Path(config.path), read_record(Path(config.path))
+    folder = Path(config.path)
     complete = (folder / MANIFEST).is_file()
-    if record and (config.target.path is None or not complete):  # another run's path is taken as it is
-        changed = sorted(differences(record, config.first_stage().model_dump(mode="json")))
-        if changed:
-            use = "name it in target.path to use it as it is" if complete else "choose another folder"
-            raise ValueError(
-                f"{', '.join(changed)}: {folder} was recorded with other values; remove it to record it anew, or {use}"
-            )
+    if config.target.path is None or not complete:  # another run's path is taken as it is
+        _refuse_other_settings(config, complete)
     if not complete:
         return None
     path = DegradationPath.read(folder)
     path.check(**_fingerprints(config, subject))
+    if is_first():
+        _clear(folder)  # left by a kill after the manifest
     between = len(path) - 1
     if config.target.name == "nodes" and config.target.updates < between:
         raise ValueError(
@@ -213,7 +224,10 @@ def target(config: Train, subject: Subject, path: DegradationPath | None, accele
     choice, device = config.target, accelerator.device
     # What differences were taken to: the teacher, or of an exact one the untrained network that learned in its place.
     teacher = (subject.fake if subject.network is None else subject.network).state_dict()
-    last = path.weights(len(path), teacher)
+    for k in sorted({1, len(path)}):
+        last = path.weights(k, teacher)
+        if all(bool((last[key] == teacher[key].cpu()).all()) for key in last):
+            raise ValueError(f"target.path: node {k} of {path.folder} is the teacher itself")
     subject.fake.load_state_dict(last, strict=True)
     if choice.name == "warm":
         return Fixed(subject.target)
@@ -250,13 +264,17 @@ def measured(
     subject: Subject,
     denoisers: Mapping[str, Denoiser],
     levels: tuple[float, float],
+    rows: int,
     device: torch.device,
 ) -> dict[str, float]:
-    """Mismatch to target and teacher and the fake score's error, as they are: means over three noise levels."""
+    """Mismatch to target and teacher and the fake score's error, as they are: means over three noise levels.
+
+    Of a class-conditional model, a sample's law is that of its class: SAMPLES over the number of classes.
+    """
     student = OneStep(subject.student, config.student.sigma_init)
     low, high = levels
     sigmas = [float(karras_sigma(torch.tensor(place), low, high, config.noise.rho)) for place in PLACES]
     noise = SampleNoise(config.seed, range(SAMPLES), MISMATCH)
-    found = score_mismatch(denoisers, student, sigmas, noise, subject.shape, subject.conditions, device)
+    found = score_mismatch(denoisers, student, sigmas, noise, subject.shape, subject.conditions, device, rows)
     names = {"target": "mismatch_target", "teacher": "mismatch_teacher", "fake": "fake_error"}
     return {names[name]: sum(values) / len(values) for name, values in found.items()}

@@ -21,7 +21,7 @@ from distill.card import teacher_card
 from distill.discriminator import Discriminator
 from distill.export import save_pipeline, teacher_scheduler
 from distill.noise import Share, check_log_normal, karras_level, log_normal_level
-from distill.optim import prepare, student_rate
+from distill.optim import learning_rate, prepare, student_rate
 from distill.pretrain import Pretrainer, build_unet
 from distill.real import RealImages, RealMixture, teacher_samples
 from distill.run import Run, drive
@@ -30,7 +30,7 @@ from distill.subject import Subject, checked_subject, preview_start, sampled, to
 from distill.taps import Tap
 from distill.targets import Backtracking
 from distill.teacher import FACTS, pipeline_folder
-from distill.trainer import Trainer, by_distance, by_level
+from distill.trainer import Trainer, by_distance, by_level, unweighted
 from distill.weights import RatioWeight
 from samplers import NetworkDenoiser, SampleNoise, denoiser_from
 from samplers.schedules import karras_index
@@ -126,11 +126,17 @@ def train(config: schemas.Train, resume: bool, progress: Progress) -> Path:
         reals = real_samples(config, subject, accelerator)
     if walked is None and config.target.name != "fixed":
         walked = disback.degrade(config)
+    if walked is not None and accelerator.is_main_process:
+        _keep_identity(walked.identity, run.folder / NETWORK / "path.sha256", f"the path in {walked.folder} is")
+    accelerator.wait_for_everyone()
     starts = disback.start_samples(config, subject, device)
     target = disback.target(config, subject, walked, accelerator)
 
+    rate = (
+        student_rate if config.target.name == "fixed" else learning_rate
+    )  # elsewhere the fake score knows the student
     student_denoiser, student_update = prepare(
-        accelerator, subject.student, config.student.optimizer, config.steps, schedule=student_rate
+        accelerator, subject.student, config.student.optimizer, config.steps, schedule=rate
     )
     fake_steps = config.steps * config.fake.steps
     trained_heads = None if heads is None else accelerator.prepare(heads)
@@ -161,7 +167,7 @@ def train(config: schemas.Train, resume: bool, progress: Progress) -> Path:
         shape=subject.shape,
         conditions=subject.conditions,
         ratio_weight=ratio_weight,
-        weighting=by_distance if config.noise.weighting == "distance" else by_level(sigma_data),
+        weighting={"distance": by_distance, "level": by_level(sigma_data), "none": unweighted}[config.noise.weighting],
         adversary=adversary,
         adversarial_weight=config.adversarial_weight,
         fake_steps=config.fake.steps,
@@ -173,7 +179,8 @@ def train(config: schemas.Train, resume: bool, progress: Progress) -> Path:
     measure = None
     if config.logging.mismatch_every is not None:
         denoisers = {"target": target, "teacher": subject.target, "fake": subject.fake}
-        measure = partial(disback.measured, config, subject, denoisers, (low, high), device)
+        rows = min(256, config.batch_size // accelerator.num_processes)
+        measure = partial(disback.measured, config, subject, denoisers, (low, high), rows, device)
     drive(
         run,
         trainer,
@@ -267,6 +274,7 @@ def _ratio_weight(config: schemas.Train, low: float, high: float, accelerator: A
         choice.decay,
         index,
         partial(accelerator.reduce, reduction="sum"),
+        free=config.target.ratio == "bridge",
     ).to(accelerator.device)
 
 
@@ -289,13 +297,19 @@ def _keep_teacher(config: schemas.Train, folder: Path) -> None:
     else:
         source = toy.teacher_folder(path)
         weights = sorted(source.glob("*.safetensors"))
-    identity = " ".join(checkpoint.sha256(file) for file in weights).encode()
-    known = folder / "teacher.sha256"
-    if known.is_file() and known.read_bytes() != identity:
-        raise ValueError(f"--resume: the weights in {source} are not those that this run began with")
-    kept = {name: source / name for name in names}
-    contents = {name: file.read_bytes() for name, file in kept.items() if file.is_file()} | {known.name: identity}
-    for name, content in contents.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(folder / name) as file:  # a resumed run has a good copy already
-            file.write(content)
+    identity = " ".join(checkpoint.sha256(file) for file in weights)
+    _keep_identity(identity, folder / "teacher.sha256", f"the weights in {source} are")
+    for name in names:
+        if (source / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(folder / name) as file:  # a resumed run has a good copy already
+                file.write((source / name).read_bytes())
+
+
+def _keep_identity(identity: str, file: Path, what: str) -> None:
+    """Writes what a run has begun with, or raises ValueError where a resumed run began with something else."""
+    if file.is_file() and file.read_text() != identity:
+        raise ValueError(f"--resume: {what} not what this run began with")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(file) as opened:
+        opened.write(identity.encode())

@@ -73,7 +73,14 @@ class DegradationPath:
                 raise ValueError(f"target.path: {folder / node.file} is missing")
             if checkpoint.sha256(folder / node.file) != node.sha256:
                 raise ValueError(f"target.path: {folder / node.file} is truncated or not the node that was recorded")
+        if len({node.sha256 for node in nodes}) < len(nodes):
+            raise ValueError(f"target.path: two nodes of {folder} are the same network")
         return path
+
+    @property
+    def identity(self) -> str:
+        """The SHA-256 of its nodes' own."""
+        return hashlib.sha256("".join(node.sha256 for node in self.nodes).encode()).hexdigest()
 
     def write(self) -> None:
         """Writes the manifest, which makes a folder of nodes a path."""

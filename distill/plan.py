@@ -39,7 +39,7 @@ def first_stage(config: Train) -> list[str]:
     stage = config.degradation
     return [
         f"first stage: at most {stage.steps} updates, each student 1 forward, fake score 1 forward, 1 backward; "
-        f"{stage.nodes} nodes ({stage.storage}) in {config.path}"
+        f"{stage.nodes} nodes ({stage.storage}) in {config.path}, unless it is recorded there"
     ]
 
 
@@ -63,6 +63,8 @@ def notices(config: Train) -> list[str]:
 def passes(config: Train) -> list[str]:
     """The network passes of an update, as the docstrings of `Trainer` and its adversary count them."""
     k, guided = config.fake.steps, " (2 where guided)" if config.teacher.guidance != 1 else ""
+    if config.target.name == "score-interpolation":
+        guided += f" (on the way, for {config.target.updates} updates, the last node's 1 more)"
     lines = [
         f"an update: student 1 forward, 1 backward; teacher 1 forward{guided}; fake score {1 + k} forward, {k} backward"
     ]
@@ -71,5 +73,7 @@ def passes(config: Train) -> list[str]:
         encoded = f"{2 * k} without a graph" if where == "teacher" else f"{k} forward and backward"
         r1 = " and those of the penalty" if config.discriminator.r1 else ""
         through = "; 1 backward to the samples" if config.adversarial_weight else ""
+        if config.target.ratio == "bridge":
+            through += f"; on the way {k} forward of the first student, and {k} more of the encoder"
         lines.append(f"discriminator: the encoder of the {where}, {encoded}{r1}{through}")
     return lines

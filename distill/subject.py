@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from distill import pictures, toy
-from distill.config import Degrade, Train
+from distill.config import FirstStage, Train
 from distill.noise import GENERATION, check_log_normal, check_range
 from distill.student import OneStep
 from distill.teacher import Teacher
@@ -44,7 +44,7 @@ class Subject:
     mixture: GaussianMixture | None = None
 
 
-def load_subject(config: Train | Degrade, device: torch.device) -> Subject:
+def load_subject(config: Train | FirstStage, device: torch.device) -> Subject:
     """The subject that a configuration names; its networks are made on the CPU, the target is on `device`.
 
     Raises ValueError as `Teacher.load`, and for a student's start outside the teacher's range.
@@ -68,10 +68,10 @@ def load_subject(config: Train | Degrade, device: torch.device) -> Subject:
     )
 
 
-def checked_subject(config: Train | Degrade, device: torch.device) -> tuple[Subject, float, float]:
+def checked_subject(config: Train | FirstStage, device: torch.device) -> tuple[Subject, float, float]:
     """The subject and the range of noise levels, both found good before anything is written."""
     subject = load_subject(config, device)
-    if isinstance(config, Degrade):
+    if isinstance(config, FirstStage):
         low, high = check_range(config.sigma_min, config.sigma_max, subject.sigma_min, subject.sigma_max)
         check_log_normal("fake.noise", config.noise, low, high)
         return subject, low, high
@@ -82,7 +82,7 @@ def checked_subject(config: Train | Degrade, device: torch.device) -> tuple[Subj
     return subject, low, high
 
 
-def _toy(config: Train | Degrade, device: torch.device) -> Subject:
+def _toy(config: Train | FirstStage, device: torch.device) -> Subject:
     torch.manual_seed(config.seed)
     mixture = toy.MIXTURES[config.teacher.name]()
     student: nn.Module
@@ -131,7 +131,7 @@ def toy_preview(mixture: GaussianMixture, device: torch.device) -> Callable[[Gen
     return preview
 
 
-def sigma_init(config: Train | Degrade) -> float:
+def sigma_init(config: Train | FirstStage) -> float:
     """The noise level of a student's input."""
     return config.student.sigma_init if isinstance(config, Train) else config.sigma_init
 

@@ -34,8 +34,8 @@ class Target(Protocol):
         """Makes ready for update number n; returns whether the target is another one than before."""
         ...
 
-    def observe(self, x_sigma: Tensor, denoised_fake: Tensor, denoised_target: Tensor) -> Metrics:
-        """Is told what an update saw, each [B, ...], and returns metrics of its own, each []."""
+    def observe(self, x_sigma: Tensor, sigma: Tensor, denoised_fake: Tensor, denoised_target: Tensor) -> Metrics:
+        """Is told what an update saw, each [B, ...] and sigma [B], and returns metrics of its own, each []."""
         ...
 
 
@@ -56,14 +56,15 @@ class Fixed:
     def begin(self, n: int) -> bool:
         return False
 
-    def observe(self, x_sigma: Tensor, denoised_fake: Tensor, denoised_target: Tensor) -> Metrics:
+    def observe(self, x_sigma: Tensor, sigma: Tensor, denoised_fake: Tensor, denoised_target: Tensor) -> Metrics:
         return {}
 
 
-class Path(Protocol):
+class Walk(Protocol):
     """Denoisers between the one that fits the first student (fraction 0) and the teacher (1, never asked for).
 
-    Called as a denoiser at its present place. node: how far that is from the teacher, in nodes.
+    Called as a denoiser at its present place. node: how far that is from the teacher, in nodes; of an interpolation,
+    the share of the way that is left.
     """
 
     @property
@@ -118,7 +119,7 @@ class WeightInterpolation:
             raise ValueError("target.name: weight-interpolation; its ends are networks of different architectures")
         if all(bool((start[key].to(end[key]) == end[key]).all()) for key in start):
             raise ValueError("target.path: its last node is the teacher itself")
-        self._network, self._fraction = network, -1.0
+        self._network, self._fraction = network, math.nan  # as `network` is until the first move
         own = network.state_dict()
         self._ends = [(own[key], start[key].to(own[key].device), end[key]) for key in own]
 
@@ -145,7 +146,7 @@ class ScoreInterpolation:
     """
 
     def __init__(self, start: Denoiser, teacher: Denoiser) -> None:
-        self._start, self._teacher, self._fraction = start, teacher, -1.0
+        self._start, self._teacher, self._fraction = start, teacher, 0.0
 
     def __call__(self, x: Tensor, sigma: Tensor, cond: Any = None) -> Tensor:
         with torch.no_grad():
@@ -171,11 +172,11 @@ class Backtracking(nn.Module):
     """
 
     state: Tensor  # stage, updates in it, its first mismatch (NaN: not seen), place (NaN: no update yet); on the CPU
-    seen: Tensor  # the sum of mismatches in the present window
+    seen: Tensor  # the sum of `score_difference` in the present window
 
     def __init__(
         self,
-        path: Path,
+        path: Walk,
         teacher: Denoiser,
         updates: int,
         stages: int | None = None,
@@ -187,12 +188,12 @@ class Backtracking(nn.Module):
         super().__init__()
         if updates < 1:
             raise ValueError(f"updates: {updates}; at least 1 is needed to walk a path")
-        self._path: Path | None = path
+        self._path: Walk | None = path
         self._teacher = (teacher,)  # not a part of this module: its weights belong to no checkpoint of the target
         self._updates, self._stages, self._window, self._fall = updates, stages, window, fall
         self._average, self.fraction, self._done = average, 0.0, 0
         self.register_buffer("state", torch.tensor([0.0, 0.0, math.nan, math.nan], dtype=torch.float64))
-        self.register_buffer("seen", torch.zeros((), device=device))
+        self.register_buffer("seen", torch.zeros(2, device=device))
 
     @property
     def final(self) -> bool:
@@ -220,23 +221,25 @@ class Backtracking(nn.Module):
         return not math.isnan(before) and before != place
 
     @torch.no_grad()
-    def observe(self, x_sigma: Tensor, denoised_fake: Tensor, denoised_target: Tensor) -> Metrics:
-        mismatch = relative_difference(denoised_target, denoised_fake, x_sigma).mean()
-        node = 0.0 if self._path is None else float(self._path.node)
+    def observe(self, x_sigma: Tensor, sigma: Tensor, denoised_fake: Tensor, denoised_target: Tensor) -> Metrics:
+        difference = score_difference(denoised_target, denoised_fake, x_sigma, sigma)
+        node = self.state[3].item() if self._path is None or self._stages is not None else float(self._path.node)
         if self._stages is not None and not self.final:
-            self._count(mismatch)
-        return {"node": torch.tensor(node, device=mismatch.device), "target_gap": mismatch}
+            self._count(difference)
+        mismatch = difference[0] / difference[1]
+        return {"node": torch.tensor(node, device=mismatch.device), "target_mismatch": mismatch}
 
-    def _count(self, mismatch: Tensor) -> None:
+    def _count(self, difference: Tensor) -> None:
         """One more update of a stage; at the end of a window, and only there, the device is read."""
         assert self._stages is not None
-        self.seen += mismatch.to(self.seen)
+        self.seen += difference.to(self.seen)
         stage, age, first, place = self.state.tolist()
         age += 1
         due = math.floor((self._done + 1) * self._stages / self._updates)  # where an even schedule would be next
         late = due > stage
         if late or age % self._window == 0:
-            mean = self._average(self.seen).item() / (age % self._window or self._window)
+            total, length = self._average(self.seen).tolist()
+            mean = total / length if length else math.nan
             self.seen.zero_()
             if late or mean < self._fall * first:  # never where there is no first one: NaN compares false
                 stage, age, first = max(stage + 1, float(due)), 0.0, math.nan
@@ -245,7 +248,11 @@ class Backtracking(nn.Module):
         self.state.copy_(torch.tensor([stage, age, first, place], dtype=torch.float64))
 
 
-def relative_difference(denoised: Tensor, reference: Tensor, x_sigma: Tensor) -> Tensor:
-    """|s - s_ref| / |s_ref| of two scores at noised samples, [B], from their denoised samples, each [B, ...]."""
-    difference, length = ((a - b).flatten(1).norm(dim=1) for a, b in ((denoised, reference), (x_sigma, reference)))
-    return difference / length.clamp_min(1e-12)
+def score_difference(denoised: Tensor, reference: Tensor, x_sigma: Tensor, sigma: Tensor) -> Tensor:
+    """The means of sigma |s - s_ref| and of sigma |s_ref|, [2], of two scores at noised samples [B, ...], levels [B].
+
+    From their denoised samples, each [B, ...]. The first over the second is the mismatch; times sigma, because a score
+    at low noise is large and would be all that is seen.
+    """
+    pairs = ((denoised, reference), (x_sigma, reference))
+    return torch.stack([((a - b).flatten(1).norm(dim=1) / sigma.to(a)).mean() for a, b in pairs])

@@ -40,6 +40,11 @@ def by_distance(x: Tensor, denoised_target: Tensor, sigma: Tensor) -> Tensor:
     return matching_weight(x, denoised_target)
 
 
+def unweighted(x: Tensor, denoised_target: Tensor, sigma: Tensor) -> Tensor:
+    """1, Diff-Instruct's."""
+    return torch.ones_like(sigma)
+
+
 def by_level(sigma_data: float) -> Weighting:
     """`level_weight`: the gradient stays that of the divergence, at every level."""
     return lambda x, denoised_target, sigma: level_weight(sigma, sigma_data)
@@ -95,6 +100,8 @@ class Trainer:
         """
         if self.target.begin(n) and isinstance(self.ratio_weight, RatioWeight):
             self.ratio_weight.reset()
+        if self.adversary.bridges and self.target.final:
+            self.adversary.settle()
         noise = self.share.noise(n)
         cond = self.conditions(noise, self.device)
         x = self.student(noise.normal(self.shape, device=self.device), cond)
@@ -123,10 +130,10 @@ class Trainer:
         )
         weight = self.weighting(x.detach(), denoised_target, sigma).to(x)
         metrics = {"gap": (denoised_fake - denoised_target).square().mean()}
-        metrics |= self.target.observe(x_sigma_fixed, denoised_fake, denoised_target)
+        metrics |= self.target.observe(x_sigma_fixed, sigma, denoised_fake, denoised_target)
         if logits is not None:
             ratio = log_ratio(logits)
-            h = torch.ones_like(ratio) if self.ratio_weight is None else self.ratio_weight(ratio, sigma)
+            h = torch.ones_like(ratio) if self.ratio_weight is None else self.ratio_weight(logits.mean(1), sigma)
             weight = weight * h.to(x)
             metrics |= {"log_ratio": ratio.mean()} | weight_statistics(h)
 

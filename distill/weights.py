@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from distill.divergences import FDivergence
 from samplers.schedules import karras_index
 
+_FREE_LIMIT = 60.0  # of a ratio that is free up to a constant: what float32 can hold and add
 LOG_RATIO_LIMIT = 10.0  # |ln r|: what is left of an estimate before it is exponentiated
 
 
@@ -22,8 +23,9 @@ class RatioWeight(nn.Module):
 
     clip: bounds of r, 0 < low < high. normalise: both stages, over the batches of all processes. bins: of the Karras
     index u(sigma) in [0, 1]. decay: of the running mean of a bin, 0 keeps the present batch only; the state is the
-    buffer `means` [bins]. index: sigma [B] -> u [B]. total: the sum of a tensor over the processes.
-    Raises ValueError for reversed bounds.
+    buffer `means` [bins]. index: sigma [B] -> u [B]. total: the sum of a tensor over the processes. free: ln r is known
+    up to a constant at each level only, as on a bridge, so that it is bounded after stage 1 has found that, not before.
+    Raises ValueError for reversed bounds, and for a free ratio that is not normalised.
     """
 
     means: Tensor
@@ -37,10 +39,14 @@ class RatioWeight(nn.Module):
         decay: float = 0.0,
         index: Callable[[Tensor], Tensor] = lambda sigma: karras_index(sigma, 0.002, 80.0),
         total: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+        free: bool = False,
     ) -> None:
         super().__init__()
         if not 0 < clip[0] < clip[1]:
             raise ValueError(f"clip: {list(clip)} are not bounds low < high of a positive ratio")
+        if free and not normalise:
+            raise ValueError("normalise: False; a ratio that is free up to a constant needs it")
+        self._free = free
         self.divergence, self.clip, self.normalise, self.decay = divergence, clip, normalise, decay
         self._index, self._total = index, total
         self.register_buffer("means", torch.ones(bins))
@@ -51,17 +57,17 @@ class RatioWeight(nn.Module):
 
     @torch.no_grad()
     def forward(self, log_ratio: Tensor, sigma: Tensor) -> Tensor:
-        r = self._clipped(log_ratio)
+        log_ratio = log_ratio.detach().to(torch.promote_types(log_ratio.dtype, torch.float32))
         if self.divergence.constant:
-            return self.divergence.weight(r)
-        if self.normalise:
-            r = self._level(r, sigma)
+            return torch.ones_like(log_ratio)
+        if self._free:
+            r = self._level(log_ratio.clamp(-_FREE_LIMIT, _FREE_LIMIT).exp(), sigma).clamp(*self.clip)
+        else:
+            r = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp().clamp(*self.clip)
+            if self.normalise:
+                r = self._level(r, sigma)
         h = self.divergence.weight(r)
         return h / self._mean(h) if self.normalise else h
-
-    def _clipped(self, log_ratio: Tensor) -> Tensor:
-        log_ratio = log_ratio.detach().to(torch.promote_types(log_ratio.dtype, torch.float32))
-        return log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp().clamp(*self.clip)
 
     def _level(self, r: Tensor, sigma: Tensor) -> Tensor:
         """Stage 1. Sums on a fixed shape: nothing waits for the device."""

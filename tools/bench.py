@@ -74,7 +74,9 @@ def _disback(folder: Path, jobs: int) -> str:
         tables.append(disback_table(folder, setting, ARMS, teachers, seeds))
     setting, fresh = SETTINGS["ring B"], range(8, 16)
     make(folder, setting, SHORT, fresh, seeds, jobs)
-    tables.append("a short first stage; " + disback_table(folder, setting, SHORT, fresh, seeds))
+    tables.append(
+        "a short first stage; " + disback_table(folder, setting, SHORT, fresh, seeds, [arm.name for arm in SHORT[:3]])
+    )
     draw(folder, ARMS, teachers, seeds, folder / "disback.png")
     return "\n".join([*tables, mismatch_table(folder, teachers), f"picture: {folder / 'disback.png'}\n"])
 

@@ -6,6 +6,7 @@ grid that all share. Time is counted in updates of the student, and in passes wi
 """
 
 import copy
+import hashlib
 import json
 import math
 import statistics
@@ -34,7 +35,7 @@ from distill.optim import Update, adamw, learning_rate, student_rate
 from distill.pictures import save_figure
 from distill.student import OneStep, update_average
 from distill.targets import Backtracking, Fixed, Nodes, ScoreInterpolation, Target, WeightInterpolation
-from distill.trainer import Trainer, train
+from distill.trainer import Trainer, train, unweighted
 from samplers import GaussianMixture, NetworkDenoiser, SampleNoise
 from tools.bench_toys import BatchShare
 from tools.metrics import frechet_distance
@@ -63,6 +64,13 @@ class Setting:
     steps: int
     rates: tuple[float, ...]
     teacher_steps: int = 3000
+
+    @property
+    def key(self) -> str:
+        """Its name, and a hash of all that a run's curve depends on besides."""
+        values = {name: str(value) for name, value in asdict(self).items() if name not in ("threshold", "rates")}
+        text = json.dumps([values, SIGMA_DATA, SIGMA_INIT, AVERAGE, EVERY, LOOK])
+        return f"{self.name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}".replace(" ", "")
 
 
 RATES = (2e-4, 5e-4, 1e-3, 2e-3)
@@ -121,7 +129,7 @@ class Run:
     @property
     def key(self) -> str:
         how = "-".join(str(value) for value in asdict(self.arm).values())
-        return f"{self.setting}-{how}-{self.lr:g}-{self.teacher}-{self.seed}".replace(" ", "")
+        return f"{SETTINGS[self.setting].key}-{how}-{self.lr:g}-{self.teacher}-{self.seed}".replace(" ", "")
 
 
 def ring() -> GaussianMixture:
@@ -138,7 +146,7 @@ def data_points(setting: Setting) -> Tensor:
 
 
 def quality(setting: Setting) -> Callable[[Tensor], float]:
-    """The distance of samples [N, d] to the data: sliced W2 to the ring, 2-Wasserstein of Gaussians for the digits."""
+    """The distance of samples [N, d] to the data: sliced W2 to the ring, squared Fréchet for the digits."""
     if setting.data == "ring":
         reference = ring().sample(LOOK, generator=torch.Generator().manual_seed(1))
         return lambda x: sliced_wasserstein(x, reference, torch.Generator().manual_seed(2), slices=50)
@@ -210,7 +218,7 @@ def record(teacher: NetworkDenoiser, arm: Arm, seed: int) -> tuple[list[Weights]
             break
     if kept[-1][0] != done:
         keep(done)
-    chosen = choose(mismatches(denoised, probed.x_sigma), [step for step, _ in kept], config)
+    chosen = choose(mismatches(denoised, probed.x_sigma, probed.sigma), [step for step, _ in kept], config)
     return [kept[k][1] for k in chosen], passes
 
 
@@ -252,7 +260,7 @@ def run_student(run: Run, teacher: NetworkDenoiser) -> dict[str, Any]:
         level,
         BatchShare(30_000 + 100 * run.teacher + run.seed),  # type: ignore[arg-type]
         shape,
-        weighting=lambda x, denoised, sigma: torch.ones_like(sigma),  # Diff-Instruct's
+        weighting=unweighted,
         sigma_data=SIGMA_DATA,
         average=(average, student, AVERAGE),
     )
@@ -287,7 +295,7 @@ def of_teacher(setting: Setting, teacher: int, runs: Sequence[Run], folder: Path
     """Makes what is missing of one teacher: itself, its students, its mismatches. A result is one JSON file."""
     torch.set_num_threads(1)
     todo = [run for run in runs if not _file(folder, run).is_file()]
-    mismatch_file = folder / f"{setting.name.replace(' ', '')}-mismatch-{teacher}.json"
+    mismatch_file = folder / f"{setting.key}-mismatch-{teacher}.json"
     if not todo and mismatch_file.is_file():
         return 0
     network = make_teacher(setting, teacher)
@@ -378,26 +386,35 @@ def speed_up(times: Times, baseline: Times, draws: int = 4000) -> tuple[float, f
     return math.exp(float(gains.mean())), low, high
 
 
-def table(folder: Path, setting: Setting, arms: Sequence[Arm], teachers: Sequence[int], seeds: Sequence[int]) -> str:
-    """A row for every arm: its rates, how many runs get there, times, and speed-ups over DI and DI-warm."""
+def table(
+    folder: Path,
+    setting: Setting,
+    arms: Sequence[Arm],
+    teachers: Sequence[int],
+    seeds: Sequence[int],
+    baselines: Sequence[str] = ("DI", "DI-warm"),
+) -> str:
+    """A row for every arm: its rates, how many runs get there, times, and speed-ups over the baselines."""
+    gains = " | ".join(f"x {name}" for name in baselines)
     lines = [
         f"{setting.name}: distance below {setting.threshold}, {len(teachers)} teachers x {len(seeds)} seeds",
         "",
-        "| arm | lr | reached | updates, median | x DI | x DI-warm | with stage 1, median | x DI | x DI-warm |",
-        "|:--|--:|--:|--:|--:|--:|--:|--:|--:|",
+        f"| arm | lr | reached | updates, median | {gains} | lr | with stage 1, median | {gains} |",
+        "|:--|" + "--:|" * (5 + 2 * len(baselines)),
     ]
     found = {
         (arm.name, column): best_times(folder, setting, arm, teachers, seeds, column)
         for arm, column in product(arms, (0, 1))
     }
     for arm in arms:
-        cells = [arm.name, f"{found[arm.name, 0][0]:g}"]
+        cells = [arm.name]
         for column in (0, 1):
-            times = found[arm.name, column][1]
+            lr, times = found[arm.name, column]
+            cells.append(f"{lr:g}")
             if column == 0:
                 cells.append(f"{sum(ok for _, ok in times.values())}/{len(times)}")
             cells.append(f"{statistics.median(t for t, _ in times.values()) / (UPDATE if column else 1):.0f}")
-            for baseline in ("DI", "DI-warm"):
+            for baseline in baselines:
                 gain, low, high = speed_up(times, found[baseline, column][1])
                 cells.append("–" if arm.name == baseline else f"{gain:.2f} [{low:.2f}, {high:.2f}]")
         lines.append(f"| {' | '.join(cells)} |")
@@ -410,8 +427,8 @@ def mismatch_table(folder: Path, teachers: Sequence[int]) -> str:
         "| setting | score | " + " | ".join(f"sigma {s:g}" for s in MISMATCH_AT) + " |",
         "|:--|:--|" + "--:|" * len(MISMATCH_AT),
     ]
-    for name in SETTINGS:
-        files = [folder / f"{name.replace(' ', '')}-mismatch-{teacher}.json" for teacher in teachers]
+    for name, setting in SETTINGS.items():
+        files = [folder / f"{setting.key}-mismatch-{teacher}.json" for teacher in teachers]
         rows = [json.loads(file.read_text()) for file in files]
         for score in rows[0]:
             means = [statistics.fmean(row[score][k] for row in rows) for k in range(len(MISMATCH_AT))]

@@ -43,6 +43,9 @@ class ExactRatio:
 
     bridges = False
 
+    def settle(self) -> None:
+        pass
+
     def __init__(self, target: GaussianMixture, student: toy.AffineStudent) -> None:
         self.target, self.student = target, student
 

@@ -118,12 +118,13 @@ def test_a_short_stage_has_the_nodes_that_there_are() -> None:
     assert chosen([0.0, 0.0, 0.0], 3, steps=[0, 1, 2])[-1] == 2  # a teacher that fits already
 
 
-def test_a_mismatch_of_predictions_is_the_mean_relative_difference_of_scores() -> None:
+def test_a_mismatch_of_predictions_is_the_relative_difference_of_scores() -> None:
     x, last = torch.tensor([[3.0, 0.0], [0.0, 4.0]]), torch.tensor([[1.0, 0.0], [0.0, 0.0]])
     other = torch.tensor([[1.0, 1.0], [4.0, 0.0]])
-    assert mismatches([other, last + 2, last], x) == pytest.approx(
-        [(1 / 2 + 4 / 4) / 2, (8**0.5 / 2 + 8**0.5 / 4) / 2, 0]
-    )
+    sigma = torch.tensor([0.5, 2.0])
+    length = 2 / 0.5 + 4 / 2
+    expected = [(1 / 0.5 + 4 / 2) / length, (8**0.5 / 0.5 + 8**0.5 / 2) / length, 0]
+    assert mismatches([other, last + 2, last], x, sigma) == pytest.approx(expected)
 
 
 # The exact case: the first student is Gaussian

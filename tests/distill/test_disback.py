@@ -218,7 +218,7 @@ def test_a_path_of_differences_is_smaller_and_near(recorded: Path, storage: str)
     other = run(recorded, "small", degradation=stage, target=target("nodes", path="small/path"))
     sizes = [sum(node["bytes"] for node in manifest(recorded / p)["nodes"]) for p in ("path", "small/path")]
     assert sizes[1] < 0.8 * sizes[0]
-    gaps = [[line["target_gap"] for line in lines(r)] for r in (whole, other)]
+    gaps = [[line["target_mismatch"] for line in lines(r)] for r in (whole, other)]
     assert gaps[0] != gaps[1]
     assert gaps[1] == pytest.approx(gaps[0], rel=0.05 if storage == "half" else 0.7)
 
@@ -255,7 +255,7 @@ def test_a_run_is_resumed_in_the_middle_of_its_path_and_exported(recorded: Path,
     assert all(math.isfinite(value) for line in said for value in line.values())
     assert [line["step"] for line in said] == list(range(1, 7))
     assert [line.get("node", 0) > 0 for line in said] == [moves] * 4 + [False] * 2
-    assert all(("target_gap" in line) == moves for line in said)
+    assert all(("target_mismatch" in line) == moves for line in said)
 
     shutil.copytree(whole, recorded / "cut")
     shutil.rmtree(recorded / "cut/checkpoints/step-00000006")

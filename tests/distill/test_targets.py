@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.nodes import Weights
-from distill.targets import Backtracking, Fixed, Nodes, ScoreInterpolation, WeightInterpolation, relative_difference
+from distill.targets import Backtracking, Fixed, Nodes, ScoreInterpolation, WeightInterpolation, score_difference
 from distill.toy import denoiser
 from samplers import GaussianMixture, NetworkDenoiser
 from samplers.denoiser import score
@@ -49,7 +49,7 @@ def test_a_fixed_target_is_its_denoiser_and_never_another() -> None:
     assert (target.final, target.fraction) == (True, 1.0)
     assert [target.begin(n) for n in range(3)] == [False] * 3
     assert torch.equal(output(target), output(teacher))
-    assert target.observe(normal(4, 2), normal(4, 2), normal(4, 2)) == {}
+    assert target.observe(normal(4, 2), SIGMA, normal(4, 2), normal(4, 2)) == {}
 
 
 # Nodes
@@ -330,7 +330,7 @@ def test_a_resumed_walk_is_at_the_same_place_and_does_not_switch_for_that(kind: 
 def observe(target: Backtracking, mismatch: float = 1.0) -> dict[str, Tensor]:
     """Tells the target of an update whose mismatch is that number, exactly."""
     x, fake = torch.zeros(3, 2), torch.tensor([[1.0, 0.0]] * 3)
-    return target.observe(x, fake, fake + torch.tensor([0.0, mismatch]))
+    return target.observe(x, torch.tensor([0.1, 1.0, 7.0]), fake, fake + torch.tensor([0.0, mismatch]))
 
 
 def test_an_update_says_the_node_and_the_gap_to_it() -> None:
@@ -338,7 +338,9 @@ def test_an_update_says_the_node_and_the_gap_to_it() -> None:
     for n, node in ((0, 3), (5, 2), (11, 1), (12, 0)):
         target.begin(n)
         metrics = observe(target, 0.25)
-        assert {name: float(value) for name, value in metrics.items()} == {"node": node, "target_gap": 0.25}
+        assert {name: float(value) for name, value in metrics.items()} == pytest.approx(
+            {"node": node, "target_mismatch": 0.25}
+        )
     drifting, _ = walk(3, kind="scores")
     seen = []
     for n in range(4):
@@ -411,16 +413,16 @@ def test_adaptive_stages_of_nodes_are_the_nodes() -> None:
 
 
 def test_the_mismatch_of_all_processes_decides() -> None:
-    """`average` is given the sum of a window, once for each window."""
+    """`average` is given the sums of a window, once for each window."""
     asked: list[float] = []
 
     def average(tensor: Tensor) -> Tensor:
-        asked.append(float(tensor))
-        return tensor * 0 + 0.1 ** len(asked)
+        asked.append(float(tensor[0] / tensor[1]))
+        return torch.tensor([0.1 ** len(asked), 1.0])
 
     target, _ = walk(3000, stages=3, window=2, average=average)
     assert stages_of(target, [1.0] * 8) == [0, 0, 0, 0, 1, 1, 1, 1]
-    assert asked == [2.0] * 4
+    assert asked == pytest.approx([1.0] * 4)
 
 
 def test_a_mismatch_that_is_not_a_number_does_not_stop_the_walk() -> None:
@@ -434,11 +436,10 @@ def test_no_update_makes_no_path() -> None:
         walk(0)
 
 
-def test_a_relative_difference_is_that_of_scores() -> None:
+def test_a_difference_is_that_of_scores_times_the_noise() -> None:
     x, sigma = 2 * normal(4, 2).double(), SIGMA.double()
     ends = gaussian(-1.0, 0.3), gaussian(2.0, 1.5)
     one, other = (score(end, x, sigma) for end in ends)
-    expected = (one - other).norm(dim=1) / other.norm(dim=1)
-    found = relative_difference(ends[0](x, sigma), ends[1](x, sigma), x)
+    expected = torch.stack([(sigma * s.norm(dim=1)).mean() for s in (one - other, other)])
+    found = score_difference(ends[0](x, sigma), ends[1](x, sigma), x, sigma)
     assert relative_error(found, expected) < 1e-9
-    assert relative_difference(x, x, x).tolist() == [0.0] * 4  # nothing is divided by 0
