@@ -55,9 +55,9 @@ def degrade(
     if (folder / MANIFEST).is_file():
         if not resume:
             raise ValueError(f"target.path: {folder} holds a path already; remove it or choose another")
-        _refuse_other_settings(config, complete=True)
         path = DegradationPath.read(folder)
         path.check(**_fingerprints(stage, subject))
+        _refuse_other_settings(config, complete=True)
         return path
 
     share = Share(
@@ -195,21 +195,19 @@ def recorded_path(config: Train, subject: Subject) -> DegradationPath | None:
     if config.target.name == "fixed":
         return None
     folder = Path(config.path)
-    complete = (folder / MANIFEST).is_file()
-    if config.target.path is None or not complete:  # another run's path is taken as it is
-        _refuse_other_settings(config, complete)
-    if not complete:
-        return None
-    path = DegradationPath.read(folder)
-    path.check(**_fingerprints(config, subject))
-    if is_first():
-        _clear(folder)  # left by a kill after the manifest
-    between = len(path) - 1
+    path = DegradationPath.read(folder) if (folder / MANIFEST).is_file() else None
+    if path is not None:
+        path.check(**_fingerprints(config, subject))
+    if config.target.path is None or path is None:  # another run's path is taken as it is
+        _refuse_other_settings(config, complete=path is not None)
+    between = (config.degradation.nodes if path is None else len(path)) - 1
     if config.target.name == "nodes" and config.target.updates < between:
         raise ValueError(
             f"target.updates: {config.target.updates} are less than one for each of the {between} targets of "
-            f"{path.folder} before the teacher"
+            f"{folder} before the teacher"
         )
+    if path is not None and is_first():
+        _clear(folder)  # left by a kill after the manifest
     return path
 
 

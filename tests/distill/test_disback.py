@@ -533,6 +533,10 @@ def test_a_path_with_more_nodes_than_there_are_updates_is_refused(recorded: Path
         ),
         (bridge() | {"divergence": {"name": "reverse-kl"}}, "weights (divergence.name: reverse-kl)"),
         (bridge() | {"discriminator": {"r1": 0.1}}, "discriminator.r1: 0.1; a bridge has no penalty"),
+        (
+            bridge() | {"divergence": {"name": "forward-kl", "normalise": False}},
+            "divergence.normalise: False; a bridge",
+        ),
         ({"target": {"name": "node"}}, "target.name"),
         (RING | {"teacher": {"name": "ring", "path": "pipeline"}}, "teacher.path: pipeline holds no network of a toy"),
     ],
@@ -557,6 +561,28 @@ def test_a_path_is_not_recorded_over(recorded: Path) -> None:
     result = distill("degrade", "--config", config, cwd=recorded)
     assert_refused(result, "target.path: path holds a path already; remove it or choose another")
     assert {p: p.stat().st_mtime_ns for p in recorded.rglob("*")} == before
+
+
+def test_a_run_goes_on_with_the_path_that_it_began_with_only(recorded: Path) -> None:
+    begun = run(recorded, "begun")
+    shutil.rmtree(begun / "checkpoints/step-00000006")
+    shutil.rmtree(recorded / "path")
+    run(recorded, command="degrade", degradation=DISBACK["degradation"] | {"optimizer": {"lr": 2e-3}})
+    result = distill("train", "--config", write_config(recorded, DISBACK), "--run", "begun", "--resume", cwd=recorded)
+    assert_refused(result, "--resume: the path in path is not what this run began with")
+
+
+def test_a_recorded_path_is_not_taken_for_one_of_other_settings(recorded: Path) -> None:
+    other = DISBACK["degradation"] | {"nodes": 2}
+    config = write_config(recorded, DISBACK, degradation=other)
+    result = distill("degrade", "--config", config, "--resume", cwd=recorded)
+    assert_refused(result, "degradation.nodes: path was recorded with other values")
+
+
+def test_the_record_of_a_path_is_no_configuration_of_a_run(recorded: Path) -> None:
+    for command in ("degrade", "train"):
+        result = distill(command, "--config", "path/config.yaml", cwd=recorded)
+        assert_refused(result, "path/config.yaml: is the record of a path")
 
 
 def test_a_toys_network_of_another_mixture_or_a_harmed_one_is_refused(tmp_path: Path) -> None:

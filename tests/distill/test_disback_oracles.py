@@ -11,7 +11,7 @@ from distill import DIVERGENCES, Fixed, OneStep, Trainer, train
 from distill.discriminator import log_ratio
 from distill.optim import Update
 from distill.targets import Backtracking, ScoreInterpolation
-from distill.weights import LOG_RATIO_LIMIT, RatioWeight
+from distill.weights import RatioWeight
 from samplers import GaussianMixture
 from tests.distill.test_discriminator import LEVELS, P, Q, correlation_and_slope, trained_heads
 from tests.distill.test_trainer import (
@@ -159,12 +159,32 @@ def test_two_ratios_interpolated_and_normalised_are_that_of_the_bridge(fraction:
     assert abs(float(ln_z)) > 0.01
 
     x = student.sample(20_000, sigma, torch.Generator().manual_seed(0))
-    weight = RatioWeight(DIVERGENCES["forward-kl"], clip=(1e-9, 1e9), bins=1)
+    weight = RatioWeight(DIVERGENCES["forward-kl"], clip=(1e-9, 1e9), bins=1, free=True)
     found = weight(both(x), torch.full((len(x),), sigma))
     r = (bridge.log_density(x, sigma) - student.log_density(x, sigma)).exp()
     error = float(r.std() / r.mean()) / math.sqrt(len(r))
-    uncut = both(x).abs() < LOG_RATIO_LIMIT
+    uncut = (r > 1e-8) & (r < 1e8)
     assert float((found / r).log()[uncut].abs().max()) < 5 * error
+
+
+@pytest.mark.parametrize("distance", [2.0, 8.0, 16.0])
+def test_the_constant_of_a_bridge_is_found_before_its_ratio_is_bounded(distance: float) -> None:
+    """Student and start N(0, 1), teacher N(distance, 1), halfway: ln r of the two heads is below -100 for nearly all,
+    and a bound on it would leave nothing of the weights."""
+    x = torch.randn(20_000, generator=torch.Generator().manual_seed(0)).double()
+    heads = 0.5 * (distance * x - distance**2 / 2)  # (ln p / q + ln p_start / q) / 2, p_start = q
+    exact = (0.5 * distance * x - distance**2 / 8).exp()  # N(distance / 2, 1) over N(0, 1): E_q r = 1
+    weight, sigma = RatioWeight(DIVERGENCES["forward-kl"], bins=1, free=True), torch.ones(len(x))
+    found = weight(heads, sigma)
+    r = (exact / exact.mean()).clamp(0.1, 20)
+    assert relative_error(found, r / r.mean()) < 1e-4
+    assert float(found.std()) > 1
+    assert float(RatioWeight(DIVERGENCES["forward-kl"], bins=1)(heads - 100, sigma).std()) < 1e-6  # as it was
+
+
+def test_a_free_ratio_needs_its_constant() -> None:
+    with pytest.raises(ValueError, match="normalise: False; a ratio that is free up to a constant needs it"):
+        RatioWeight(DIVERGENCES["forward-kl"], normalise=False, free=True)
 
 
 START_LAW = GaussianMixture(torch.ones(1), torch.tensor([[1.5]]), torch.tensor([0.6]))

@@ -55,6 +55,11 @@ class ExactFake(nn.Module):
 class Exact:
     """An adversary that knows both laws: its one head is ln r. The student may move."""
 
+    bridges = False
+
+    def settle(self) -> None:
+        raise AssertionError("it does not bridge")
+
     def __init__(self, target: GaussianMixture, student: Affine) -> None:
         self.target, self.student = target, student
 
