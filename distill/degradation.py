@@ -6,7 +6,7 @@ the networks on the way lead from one that fits the student to the teacher.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -100,7 +100,7 @@ class Degrader:
     """Denoising score matching on the first student's samples; `step` is one update.
 
     student: G0, frozen. denoiser: a copy of the teacher, trained by `update`. level: u [B] in [0, 1) -> sigma [B].
-    shape: of one sample. conditions(noise, device): of a batch. kept(done): is told of every update, when it is made.
+    shape: of one sample. conditions(noise, device): of a batch.
     """
 
     student: OneStep
@@ -112,7 +112,6 @@ class Degrader:
     conditions: Callable[[SampleNoise, torch.device | str], Any] = lambda noise, device: None
     sigma_data: float = 0.5
     device: torch.device | str = "cpu"
-    kept: Callable[[int], None] = field(default=lambda done: None)
 
     def step(self, n: int) -> dict[str, Tensor]:
         """Update number n (from 0); returns its metrics, each []. A function of n and the weights."""
@@ -124,8 +123,42 @@ class Degrader:
         eps = noise.normal(self.shape, device=self.device)
         loss = denoising_loss(self.denoiser, x0, sigma, eps, cond, self.sigma_data).mean()
         self.update(loss, n)
-        self.kept(n + 1)
         return {"loss": loss.detach()}
+
+
+@dataclass
+class Recording:
+    """A `Degrader` with its record; `step` is one update and what it leaves.
+
+    network: the one that the degrader trains, itself. probed: what it is judged by. keep(done, prediction): takes up a
+    candidate, the network as it is after `done` updates with its prediction at the probe. agree(loss): the same number
+    on all processes. It is over when `plateau.reached`.
+    """
+
+    degrader: Degrader
+    network: Denoiser
+    probed: Probe
+    plateau: Plateau
+    check_every: int
+    keep: Callable[[int, Tensor], None]
+    agree: Callable[[float], float] = lambda loss: loss
+
+    def step(self, n: int) -> dict[str, Tensor]:
+        metrics = self.degrader.step(n)
+        done = n + 1
+        if done % self.check_every == 0:
+            loss = self.probed.loss(self.probed.denoise(self.network), self.degrader.sigma_data)
+            self.plateau.look(self.agree(loss))
+        if is_candidate(done):
+            self.record(done)
+        return metrics
+
+    def record(self, done: int) -> None:
+        """Hands over the network as it is. Raises FloatingPointError where its prediction is not finite."""
+        prediction = self.probed.denoise(self.network)
+        if not bool(prediction.isfinite().all()):
+            raise FloatingPointError(f"step {done}: a prediction of the network is not finite; stopped")
+        self.keep(done, prediction)
 
 
 def is_candidate(done: int) -> bool:

@@ -15,12 +15,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
 from safetensors.torch import load_file, save
-from torch import Tensor
+from torch import Tensor, nn
 
 from distill import checkpoint
 from distill.atomic import atomic_write
 from distill.config import Degradation, FirstStage, Train
-from distill.degradation import Degrader, Plateau, Probe, choose, is_candidate, mismatches, probe
+from distill.degradation import Degrader, Plateau, Probe, Recording, choose, mismatches, probe
 from distill.mismatch import SAMPLES, score_mismatch
 from distill.nodes import MANIFEST, DegradationPath, Node, Weights, fingerprint, write_node
 from distill.noise import DEGRADATION, MISMATCH, PROBE, Share, log_normal_level
@@ -29,7 +29,7 @@ from distill.progress import Progress, is_first
 from distill.run import Run, differences, drive, read_record
 from distill.student import OneStep
 from distill.subject import Subject, checked_subject, sampled, sigma_init
-from distill.targets import Backtracking, Fixed, Nodes, ScoreInterpolation, Target, Walk, WeightInterpolation
+from distill.targets import Backtracking, Fixed, Target, walk_of
 from samplers import Denoiser, SampleNoise
 from samplers.schedules import karras_sigma
 
@@ -66,7 +66,6 @@ def degrade(
     teacher = {key: tensor.detach().clone() for key, tensor in subject.fake.state_dict().items()}
     prints = _fingerprints(stage, subject)
     run = Run(stage, resume, accelerator)
-    candidates = folder / CANDIDATES
     student = OneStep(subject.student.to(accelerator.device).requires_grad_(False), stage.sigma_init)
     denoiser, update = prepare(accelerator, subject.fake, stage.degradation.optimizer, stage.degradation.steps)
     level = partial(log_normal_level, config=stage.noise, sigma_min=low, sigma_max=high)
@@ -74,9 +73,6 @@ def degrade(
     noise = SampleNoise(stage.seed, range(PROBED), PROBE)
     probed = probe(student, level, noise, subject.shape, subject.conditions, rows, accelerator.device)
     plateau = Plateau(stage.degradation.tolerance, stage.degradation.patience)
-    recorder = _Recorder(stage.degradation, candidates, subject, teacher, probed, plateau, accelerator)
-    if accelerator.is_main_process:
-        recorder.keep(0)
     degrader = Degrader(
         student,
         denoiser,
@@ -87,11 +83,20 @@ def degrade(
         subject.conditions,
         subject.fake.sigma_data,
         accelerator.device,
-        recorder.after,
     )
+
+    def keep(done: int, prediction: Tensor) -> None:
+        if accelerator.is_main_process:
+            _keep(folder / CANDIDATES, done, prediction, subject.fake, teacher, stage.degradation)
+
+    def agree(loss: float) -> float:
+        return float(broadcast(torch.tensor([loss], device=accelerator.device)))
+
+    recording = Recording(degrader, subject.fake, probed, plateau, stage.degradation.check_every, keep, agree)
+    recording.record(0)
     done = drive(
         run,
-        degrader,
+        recording,
         stage.degradation.steps,
         stage.logging,
         {"fake": subject.fake, "plateau": plateau},
@@ -101,50 +106,22 @@ def degrade(
         progress,
         stop=lambda done: plateau.reached,
     )
+    recording.record(done)
     if accelerator.is_main_process:
-        recorder.keep(done)
         _finish(folder, stage, prints, done, probed)
     accelerator.wait_for_everyone()
     return DegradationPath.read(folder)
 
 
-class _Recorder:
-    """What happens beside the updates of stage 1: looks at the probe, candidates that are kept."""
-
-    def __init__(
-        self,
-        config: Degradation,
-        folder: Path,
-        subject: Subject,
-        teacher: Weights,
-        probed: Probe,
-        plateau: Plateau,
-        accelerator: Accelerator,
-    ) -> None:
-        self._config, self._folder, self._network, self._teacher = config, folder, subject.fake, teacher
-        self._probed, self._plateau, self._accelerator = probed, plateau, accelerator
-
-    def after(self, done: int) -> None:
-        """To be told of every update."""
-        if done % self._config.check_every == 0:
-            loss = self._probed.loss(self._probed.denoise(self._network), self._network.sigma_data)
-            shared = torch.tensor([loss], device=self._accelerator.device)
-            self._plateau.look(float(broadcast(shared)))
-        if is_candidate(done) and self._accelerator.is_main_process:
-            self.keep(done)
-
-    def keep(self, done: int) -> None:
-        """Keeps the network as it is after `done` updates, and what it says of the probe; of the teacher only that."""
-        self._folder.mkdir(parents=True, exist_ok=True)
-        prediction = self._probed.denoise(self._network)
-        if not bool(prediction.isfinite().all()):
-            raise FloatingPointError(f"step {done}: a prediction of the network is not finite; stopped")
-        with atomic_write(self._folder / f"{done:08d}.probe") as file:
-            file.write(save({"denoised": prediction.cpu().contiguous()}))
-        if done:
-            weights = self._network.state_dict()
-            file_name = self._folder / f"{done:08d}.safetensors"
-            write_node(file_name, weights, self._teacher, self._config.storage, self._config.rank)
+def _keep(
+    folder: Path, done: int, prediction: Tensor, network: nn.Module, teacher: Weights, config: Degradation
+) -> None:
+    """Writes a candidate and what it says of the probe; of the teacher, which `done` is 0 of, only that."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_write(folder / f"{done:08d}.probe") as file:
+        file.write(save({"denoised": prediction.cpu().contiguous()}))
+    if done:
+        write_node(folder / f"{done:08d}.safetensors", network.state_dict(), teacher, config.storage, config.rank)
 
 
 def _finish(folder: Path, stage: FirstStage, prints: dict[str, str], done: int, probed: Probe) -> None:
@@ -231,13 +208,8 @@ def target(config: Train, subject: Subject, path: DegradationPath | None, accele
         return Fixed(subject.target)
 
     network = copy.deepcopy(subject.fake).requires_grad_(False).eval().to(device)
-    walk: Walk
-    if choice.name == "nodes":
-        walk = Nodes(network, partial(path.weights, teacher=teacher), len(path))
-    elif choice.name == "weight-interpolation":
-        walk = WeightInterpolation(network, last, teacher)
-    else:
-        walk = ScoreInterpolation(network, subject.target)
+    load = partial(path.weights, teacher=teacher)
+    walk = walk_of(choice.name, network, load, len(path), teacher, subject.target)
     adaptive = choice.schedule == "adaptive"
     stages = (len(path) - 1 if choice.name == "nodes" else choice.stages) if adaptive else None
     average = partial(accelerator.reduce, reduction="mean")

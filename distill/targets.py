@@ -161,6 +161,21 @@ class ScoreInterpolation:
         self._fraction = fraction
 
 
+def walk_of(
+    name: str, network: nn.Module, load: Callable[[int], Weights], count: int, weights: Weights, teacher: Denoiser
+) -> Walk:
+    """A way back by its name in a configuration: nodes, weight-interpolation or score-interpolation.
+
+    network: a denoiser with the weights of the last node, which the walk may overwrite. load(k): the weights of node k
+    of `count`. weights, teacher: of the teacher, and itself.
+    """
+    if name == "nodes":
+        return Nodes(network, load, count)
+    if name == "weight-interpolation":
+        return WeightInterpolation(network, load(count), weights)
+    return ScoreInterpolation(network, teacher)
+
+
 class Backtracking(nn.Module):
     """A path, then the teacher: DisBack's target. Its buffers are its state, for checkpoints.
 

@@ -26,7 +26,7 @@ from distill import toy
 from distill.atomic import atomic_write
 from distill.config import Degradation, LogNormal, Optimizer
 from distill.data import digits
-from distill.degradation import Degrader, Plateau, choose, is_candidate, mismatches, probe
+from distill.degradation import Degrader, Plateau, Recording, choose, mismatches, probe
 from distill.losses import denoising_loss
 from distill.mismatch import score_mismatch
 from distill.nodes import Weights
@@ -34,7 +34,7 @@ from distill.noise import PROBE, log_normal_level
 from distill.optim import Update, adamw, learning_rate, student_rate
 from distill.pictures import save_figure
 from distill.student import OneStep, update_average
-from distill.targets import Backtracking, Fixed, Nodes, ScoreInterpolation, Target, WeightInterpolation
+from distill.targets import Backtracking, Fixed, Target, walk_of
 from distill.trainer import Trainer, train, unweighted
 from samplers import GaussianMixture, NetworkDenoiser, SampleNoise
 from tools.bench_toys import BatchShare
@@ -197,27 +197,23 @@ def record(teacher: NetworkDenoiser, arm: Arm, seed: int) -> tuple[list[Weights]
     level = partial(log_normal_level, config=EDM_NOISE, sigma_min=LOW, sigma_max=HIGH)
     student = OneStep(teacher, SIGMA_INIT)
     probed = probe(student, level, SampleNoise(seed, range(256), PROBE), shape, lambda *_: None, 256, "cpu")
-    plateau, kept, passes = Plateau(config.tolerance, config.patience), [(0, teacher.state_dict())], 2
-    denoised = [probed.denoise(teacher)]
+    plateau, kept, denoised = Plateau(config.tolerance, config.patience), [], []
 
-    def keep(done: int) -> None:
+    def keep(done: int, prediction: Tensor) -> None:
         kept.append((done, {key: value.clone() for key, value in network.state_dict().items()}))
-        denoised.append(probed.denoise(network))
+        denoised.append(prediction)
 
     degrader = Degrader(student, network, update, level, BatchShare(20_000 + seed), shape, sigma_data=SIGMA_DATA)  # type: ignore[arg-type]
+    recording = Recording(degrader, network, probed, plateau, config.check_every, keep)
+    recording.record(0)
     done = 0
-    for done, _ in enumerate(train(degrader, config.steps), start=1):
-        passes += STAGE_STEP
-        if is_candidate(done) or done == config.steps:
-            keep(done)
-            passes += 1
-        if done % config.check_every == 0:
-            plateau.look(probed.loss(probed.denoise(network), SIGMA_DATA))
-            passes += 1
+    for done, _ in enumerate(train(recording, config.steps), start=1):  # noqa: B007
         if plateau.reached:
             break
     if kept[-1][0] != done:
-        keep(done)
+        recording.record(done)
+    looks = 1 + len(kept) + done // config.check_every  # the probe's samples, and what was said of them
+    passes = STAGE_STEP * done + looks
     chosen = choose(mismatches(denoised, probed.x_sigma, probed.sigma), [step for step, _ in kept], config)
     return [kept[k][1] for k in chosen], passes
 
@@ -227,14 +223,8 @@ def target_of(arm: Arm, teacher: NetworkDenoiser, nodes: list[Weights]) -> Targe
     if arm.target in ("fixed", "warm"):
         return Fixed(teacher)
     network = copy.deepcopy(teacher)
-    walk: Any
-    if arm.target == "nodes":
-        walk = Nodes(network, lambda k: nodes[k - 1], len(nodes))
-    elif arm.target == "weight-interpolation":
-        walk = WeightInterpolation(network, nodes[-1], teacher.state_dict())
-    else:
-        network.load_state_dict(nodes[-1])
-        walk = ScoreInterpolation(network, teacher)
+    network.load_state_dict(nodes[-1])
+    walk = walk_of(arm.target, network, lambda k: nodes[k - 1], len(nodes), teacher.state_dict(), teacher)
     return Backtracking(walk, teacher, arm.updates, arm.stages)
 
 

@@ -57,7 +57,7 @@ def test_every_arm_is_made_once_and_costs_what_it_runs(made: Path, monkeypatch: 
     passes = {run.arm.name: json.loads((made / f"{run.key}.json").read_text())["curve"] for run in runs}
     assert [point[0] for point in passes["DI"]] == [0, 5, 10, 15, 20]
     assert passes["DI"][-1][1] == 8 * 20
-    stage = 2 + 4 * 4 + 4  # the probe, four steps, and looks at four candidates
+    stage = 4 * 4 + 6  # four steps; the probe is made, then looked at by the teacher and four candidates
     assert passes["DI-warm"][0][1] == stage
     assert passes["DI-warm"][-1][1] == stage + 8 * 20
     assert passes["scores"][-1][1] == stage + 8 * 20 + 6
