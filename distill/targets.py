@@ -35,7 +35,7 @@ class Target(Protocol):
         ...
 
     def observe(self, x_sigma: Tensor, sigma: Tensor, denoised_fake: Tensor, denoised_target: Tensor) -> Metrics:
-        """Is told what an update saw, each [B, ...] and sigma [B], and returns metrics of its own, each []."""
+        """Is told what an update saw, each [B, ...] and sigma [B], and returns metrics of this process, each []."""
         ...
 
 

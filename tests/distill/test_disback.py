@@ -408,7 +408,7 @@ def test_two_processes_walk_the_path_that_one_does(place: Path, kind: str) -> No
     for folders in ((one / "path", two / "path"), (one, two)):
         for a, b in zip(lines(folders[0]), lines(folders[1]), strict=True):
             assert a.keys() == b.keys()
-            for name in a.keys() - {"weight_max", "weight_ess"}:
+            for name in a.keys() - {"weight_max", "weight_ess", "target_mismatch"}:  # means of each process's own
                 smallest = 1e-5 if name == "log_ratio" else 1e-9
                 assert b[name] == pytest.approx(a[name], rel=1e-4, abs=smallest), (name, a["step"])
 
