@@ -56,7 +56,8 @@ def notices(config: Train) -> list[str]:
     lines = [f"target: {target.name} for {target.updates} updates{latest}, then the teacher; path: {config.path}"]
     if waiting:
         verb = "waits" if len(waiting) == 1 else "wait"
-        lines.append(f"{' and '.join(waiting)} {verb} for the teacher (until then h = 1)")
+        until = "" if target.ratio == "bridge" else " (until then h = 1)"
+        lines.append(f"{' and '.join(waiting)} {verb} for the teacher{until}")
     return lines
 
 
