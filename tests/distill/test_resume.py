@@ -145,4 +145,4 @@ def test_another_teacher_at_the_same_path_is_refused(place: Path) -> None:
     save_teacher(place / "pipeline", seed=1)
     result = distill("train", "--config", config, "--resume", cwd=place)
     assert result.code == 2
-    assert result.err == ("distill: error: --resume: the weights in pipeline are not those that this run began with\n")
+    assert result.err == ("distill: error: --resume: the weights in pipeline are not what this run began with\n")

@@ -21,7 +21,9 @@ from samplers import GaussianMixture
 from tests.distill.command import distill
 from tests.distill.runs import assert_refused, entries, lines
 
-CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("toy-*.yaml"))
+FOLDER = Path(__file__).parents[2] / "configs"
+WALKED = [FOLDER / f"toy-ring-{name}.yaml" for name in ("disback", "disback-f-distill", "teacher")]
+CONFIGS = sorted({*FOLDER.glob("toy-*.yaml")} - {*WALKED})
 VARIANCE = {"two-modes": 0.25 + 4 - 0.8**2, "ring": 0.04 + 4 / 2, "grid": 0.01 + 2.0}  # of a coordinate
 LINE: dict[str, Any] = {
     "command": "train",
@@ -135,6 +137,21 @@ def write(place: Path, base: dict[str, Any], **changes: Any) -> Path:
 
 def test_there_are_toy_configurations() -> None:
     assert CONFIGS
+
+
+def test_the_toys_of_disback_go_their_way_by_the_command(tmp_path: Path) -> None:
+    """A teacher with weights is taught, then degraded and walked back to, plain and on a bridge."""
+    brief = ("--batch_size", 16, "--logging.log_every", 1, "--logging.mismatch_every", "null")
+    taught = distill("teach", "--config", WALKED[-1], "--steps", 3, *brief, cwd=tmp_path)
+    assert taught.code == 0, taught.err
+    for config in WALKED[:-1]:
+        words = ("--steps", 4, "--target.updates", 2, "--degradation.steps", 3, "--run", config.stem)
+        result = distill("train", "--config", config, *words, *brief, cwd=tmp_path)
+        assert result.code == 0, result.err
+        found = lines(tmp_path / config.stem)
+        assert [line["node"] > 0 for line in found] == [True, True, False, False]
+        assert all(math.isfinite(value) for line in found for value in line.values())
+        assert ("weight_mean" in found[0]) == config.stem.endswith("f-distill")
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda file: file.stem)
