@@ -146,6 +146,7 @@ def test_the_command_says_what_it_recorded(recorded: Path) -> None:
     assert {p: p.stat().st_mtime_ns for p in (recorded / "path").rglob("*")} == before
 
 
+@pytest.mark.slow
 def test_degrade_and_train_are_what_train_does_alone(recorded: Path) -> None:
     alone = run(recorded, "alone", target={"name": "nodes", "updates": 4})
     assert_same_path(alone / "path", recorded / "path")
@@ -266,6 +267,7 @@ def test_a_run_is_resumed_in_the_middle_of_its_path_and_exported(recorded: Path,
     assert torch.allclose(made[0], made[1], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_fake_score_starts_at_the_last_node_and_the_targets_lead_from_there_to_the_teacher(recorded: Path) -> None:
     """Student and fake score stand still: the gap grows with every part of the way, to that of `warm` in the end."""
     tiny = {"lr": 1e-12}
