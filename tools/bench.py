@@ -10,8 +10,9 @@ from pathlib import Path
 
 from tools.bench_cost import cost_table
 from tools.bench_digits import compare, digits, digits_table
-from tools.bench_disback import ARMS, SETTINGS, SHORT, draw, make, mismatch_table
-from tools.bench_disback import table as disback_table
+from tools.bench_disback import ARMS, SETTINGS, SHORT, make
+from tools.bench_disback_report import draw, mismatch_table
+from tools.bench_disback_report import table as disback_table
 from tools.bench_optimum import draw_optima, optimum_rows, optimum_table, ratio_table
 from tools.bench_toys import coverage
 

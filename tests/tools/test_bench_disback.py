@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from tools import bench_disback
-from tools.bench_disback import ARMS, EDM_NOISE, SETTINGS, Arm, Setting, make, mismatch_table, reached, speed_up, table
+from tools.bench_disback import ARMS, EDM_NOISE, SETTINGS, Arm, Setting, make
+from tools.bench_disback_report import draw, mismatch_table, reached, speed_up, table
 
 SMALL = Setting("small", "ring", EDM_NOISE, 0.3, 16, 20, (1e-3, 2e-3), teacher_steps=30)
 
@@ -76,7 +77,7 @@ def test_the_table_has_a_row_for_every_arm_and_no_gain_over_itself(
     assert [row[0].strip("| ") for row in rows[1:]] == ["DI", "DI-warm"]
     assert rows[1][4] == "–"
     assert "0.0" not in mismatch_table(made, [0]).splitlines()[2].split("|")[3]
-    bench_disback.draw(made, arms, [0, 1], [0], tmp_path / "picture.png")
+    draw(made, arms, [0, 1], [0], tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
 
