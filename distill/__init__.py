@@ -1,6 +1,7 @@
 """One-step students of diffusion models.
 
-config       schemas of the experiments (no torch)        cli           the `distill` command
+config       schemas of the experiments (no torch)        sections      their parts
+cli          the `distill` command
 experiment   a configuration -> the objects it names      run           run folders and the loop that fills them
 plan         what a run would do: `--dry-run`             progress      a bar, or lines
 teacher      a diffusers folder as a frozen denoiser      pretrain      train a small teacher

@@ -19,8 +19,9 @@ import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 from pydantic import ValidationError
 
-from distill.config import COMMANDS, SolverName, Train
+from distill.config import COMMANDS, Train
 from distill.progress import Progress, is_first
+from distill.sections import SolverName
 
 _DESCRIPTION = """One-step students of diffusion models.
 

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distill.config import Degradation
 from distill.losses import denoising_loss
 from distill.noise import Share
 from distill.optim import Update
+from distill.sections import Degradation
 from distill.student import OneStep
 from distill.targets import score_difference
 from samplers import Denoiser, SampleNoise

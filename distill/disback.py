@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from distill import checkpoint
 from distill.atomic import atomic_write
-from distill.config import Degradation, FirstStage, Train
+from distill.config import FirstStage, Train
 from distill.degradation import Degrader, Plateau, Probe, Recording, choose, mismatches, probe
 from distill.mismatch import SAMPLES, score_mismatch
 from distill.nodes import MANIFEST, DegradationPath, Node, Weights, fingerprint, write_node
@@ -27,6 +27,7 @@ from distill.noise import DEGRADATION, MISMATCH, PROBE, Share, log_normal_level
 from distill.optim import prepare
 from distill.progress import Progress, is_first
 from distill.run import Run, differences, drive, read_record
+from distill.sections import Degradation
 from distill.student import OneStep
 from distill.subject import Subject, checked_subject, sampled, sigma_init
 from distill.targets import Backtracking, Fixed, Target, walk_of

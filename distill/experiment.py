@@ -25,6 +25,7 @@ from distill.optim import learning_rate, prepare, student_rate
 from distill.pretrain import Pretrainer, build_unet
 from distill.real import RealImages, RealMixture, teacher_samples
 from distill.run import Run, drive
+from distill.sections import Data
 from distill.student import OneStep
 from distill.subject import Subject, checked_subject, preview_start, sampled, toy_preview
 from distill.taps import Tap
@@ -278,7 +279,7 @@ def _ratio_weight(config: schemas.Train, low: float, high: float, accelerator: A
     ).to(accelerator.device)
 
 
-def _images(config: schemas.Data) -> data.Images:
+def _images(config: Data) -> data.Images:
     if config.name == "digits":
         return data.digits("train")
     return data.folder(str(config.path), config.size, config.channels)

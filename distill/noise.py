@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distill.config import LogNormal, StudentNoise
+from distill.sections import LogNormal, StudentNoise
 from samplers import SampleNoise
 from samplers.schedules import karras_sigma
 

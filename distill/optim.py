@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from distill.config import Optimizer as OptimizerConfig
+from distill.sections import Optimizer as OptimizerConfig
 
 
 def adamw(

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distill.config import Network
 from distill.data import Images, epoch_order
 from distill.losses import denoising_loss
 from distill.noise import Share
 from distill.optim import Update
+from distill.sections import Network
 from distill.student import update_average
 from samplers import Denoiser
 

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from distill import checkpoint
 from distill.atomic import atomic_write
-from distill.config import Real, TeacherSource
 from distill.data import Images
 from distill.generate import ImageGenerator, load_generator
 from distill.noise import TEACHER_SAMPLES
 from distill.progress import Progress
+from distill.sections import Real, TeacherSource
 from distill.teacher import FACTS, pipeline_folder
 from samplers import GaussianMixture, SampleNoise
 

@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 
 from distill import checkpoint, pictures
 from distill.atomic import atomic_write
-from distill.config import Logging, Section
+from distill.sections import Logging, Section
 from distill.trainer import Stepper, train
 
 LIBRARIES = ("torch", "diffusers", "accelerate", "safetensors", "numpy")

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from distill.atomic import atomic_folder
-from distill.config import Toy
 from distill.data import Images
+from distill.sections import Toy
 from samplers import GaussianMixture, NetworkDenoiser
 from samplers.adapters import EDM
 

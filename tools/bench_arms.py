@@ -20,8 +20,6 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
 from distill.adversary import FakeHeads, TeacherHeads
-from distill.config import LogNormal, Network, StudentNoise
-from distill.config import Optimizer as OptimizerConfig
 from distill.data import Images
 from distill.discriminator import Discriminator, frozen
 from distill.divergences import DIVERGENCES
@@ -32,6 +30,8 @@ from distill.noise import Share, karras_level, log_normal_level
 from distill.optim import Update, adamw
 from distill.pretrain import build_unet
 from distill.real import RealImages
+from distill.sections import LogNormal, Network, StudentNoise
+from distill.sections import Optimizer as OptimizerConfig
 from distill.student import OneStep
 from distill.taps import Tap
 from distill.targets import Fixed

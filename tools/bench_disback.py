@@ -23,7 +23,6 @@ from torch import Tensor
 
 from distill import toy
 from distill.atomic import atomic_write
-from distill.config import Degradation, LogNormal, Optimizer
 from distill.data import digits
 from distill.degradation import Degrader, Plateau, Recording, choose, mismatches, probe
 from distill.losses import denoising_loss
@@ -31,6 +30,7 @@ from distill.mismatch import score_mismatch
 from distill.nodes import Weights
 from distill.noise import PROBE, log_normal_level
 from distill.optim import Update, adamw, learning_rate, student_rate
+from distill.sections import Degradation, LogNormal, Optimizer
 from distill.student import OneStep, update_average
 from distill.targets import Backtracking, Fixed, Target, walk_of
 from distill.trainer import Trainer, train, unweighted

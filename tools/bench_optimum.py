@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from distill import toy
 from distill.adversary import Adversary, Comparison, FakeHeads, TeacherHeads
-from distill.config import LogNormal, Optimizer, Toy
 from distill.discriminator import Discriminator, log_ratio
 from distill.divergences import DIVERGENCES, FDivergence, alpha
 from distill.losses import denoising_loss
@@ -24,6 +23,7 @@ from distill.noise import log_normal_level
 from distill.optim import Update, adamw, learning_rate
 from distill.pictures import save_figure
 from distill.real import RealMixture
+from distill.sections import LogNormal, Optimizer, Toy
 from distill.student import OneStep
 from distill.taps import Tap
 from distill.targets import Fixed

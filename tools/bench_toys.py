@@ -23,12 +23,12 @@ from torch import Tensor
 from distill import toy
 from distill.adversary import FakeHeads
 from distill.atomic import atomic_write
-from distill.config import LogNormal, Optimizer, StudentNoise, Toy
 from distill.discriminator import Discriminator
 from distill.divergences import DIVERGENCES
 from distill.noise import karras_level, log_normal_level
 from distill.optim import Update, adamw, learning_rate, student_rate
 from distill.real import RealMixture
+from distill.sections import LogNormal, Optimizer, StudentNoise, Toy
 from distill.student import OneStep
 from distill.taps import Tap
 from distill.targets import Fixed

@@ -8,8 +8,9 @@ import yaml
 from pydantic import ValidationError
 
 from distill.cli import _parse
-from distill.config import COMMANDS, Network, Teach, Train
+from distill.config import COMMANDS, Teach, Train
 from distill.run import differences
+from distill.sections import Network
 from tests.distill.tiny import TEACH, TRAIN
 
 FILES = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.nn.functional import silu, softplus
 
 from distill.adversary import DIFFERENCE, FakeHeads, ScoreOnly, TeacherHeads
-from distill.config import Toy
 from distill.discriminator import Discriminator, Head, frozen, log_ratio
 from distill.export import teacher_scheduler
 from distill.losses import (
@@ -26,6 +25,7 @@ from distill.losses import (
     gradient_penalty,
 )
 from distill.real import RealMixture
+from distill.sections import Toy
 from distill.taps import Tap
 from distill.toy import networks, two_modes
 from samplers import GaussianMixture, Guided, NetworkDenoiser, SampleNoise, denoiser_from

@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from distill import checkpoint
-from distill.config import DivergenceName
 from distill.divergences import DIVERGENCES
 from distill.generate import load_generator
+from distill.sections import DivergenceName
 from distill.taps import Tap
 from tests.distill.command import distill
 from tests.distill.runs import assert_refused, assert_same, entries, kill_somewhere, launch, lines

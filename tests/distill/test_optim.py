@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from distill.config import Optimizer
 from distill.optim import Update, adamw, learning_rate
+from distill.sections import Optimizer
 
 X = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
 

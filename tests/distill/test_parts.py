@@ -12,12 +12,12 @@ from PIL import Image
 from torch import nn
 
 import distill
-from distill.config import LogNormal, Optimizer, StudentNoise
 from distill.data import Images
 from distill.noise import Share, check_log_normal, check_range, karras_level, log_normal_level
 from distill.optim import Update, adamw, learning_rate, student_rate
 from distill.pictures import save_curves, save_grid, side_by_side, to_uint8
 from distill.pretrain import Pretrainer
+from distill.sections import LogNormal, Optimizer, StudentNoise
 from distill.student import OneStep, update_average
 from samplers import GaussianMixture, karras_sigmas
 

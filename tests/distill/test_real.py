@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 from scipy.stats import kstest, norm
 
 from distill import toy
-from distill.config import Real, TeacherSource
 from distill.data import Images
 from distill.generate import load_generator
 from distill.noise import GENERATION, TEACHER_SAMPLES
 from distill.real import CHUNK, RealImages, RealMixture, cache_key, teacher_samples
+from distill.sections import Real, TeacherSource
 from samplers import GaussianMixture, SampleNoise
 from tests.distill.command import Running, distill
 from tests.distill.runs import launch

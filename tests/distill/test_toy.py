@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from scipy.stats import norm
 
 from distill import toy
-from distill.config import Toy
+from distill.sections import Toy
 from distill.student import OneStep
 from distill.toy import AffineStudent, ToyNetwork
 from samplers import GaussianMixture

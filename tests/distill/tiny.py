@@ -6,9 +6,9 @@ from typing import Any
 import torch
 import yaml
 
-from distill.config import Network
 from distill.export import save_pipeline, teacher_scheduler
 from distill.pretrain import build_unet
+from distill.sections import Network
 
 TEACH: dict[str, Any] = {
     "command": "teach",

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from distill.config import Network
+from distill.sections import Network
 from tools.bench_arms import Arm, Sizes, arms
 from tools.bench_cost import Pass, cost_table, counted_passes, flops, peak_bytes
 

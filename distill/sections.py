@@ -1,0 +1,267 @@
+"""The parts of an experiment's configuration: frozen, strict, with their ranges, and free of torch.
+
+`distill.config` puts them together.
+"""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Scale = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+SolverName = Literal["euler", "heun", "ancestral", "dpmpp_2m"]
+ToyName = Literal["two-modes", "ring", "grid"]
+DivergenceName = Literal[
+    "reverse-kl",
+    "softened-reverse-kl",
+    "jensen-shannon",
+    "squared-hellinger",
+    "forward-kl",
+    "jeffreys",
+    "neyman",
+    "alpha",
+]
+
+
+class Section(BaseModel):
+    """A part of a configuration: no unknown keys, no changes after it is read."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Data(Section):
+    """Training images."""
+
+    name: Literal["digits", "folder"] = Field("digits", description="the embedded 8x8 digits, or a folder of images")
+    path: str | None = Field(None, description="the folder, for name: folder; sub-folders are classes")
+    size: Annotated[int, Field(ge=4, multiple_of=4)] = Field(8, description="height and width in pixels")
+    channels: Literal[1, 3] = Field(1, description="1 (grey) or 3 (RGB)")
+
+    @model_validator(mode="after")
+    def _path_fits_name(self) -> Self:
+        if (self.path is not None) != (self.name == "folder"):
+            raise ValueError(f"path: {self.path!r} does not go with name: {self.name} (only a folder has a path)")
+        if self.name == "digits" and (self.size, self.channels) != (8, 1):
+            raise ValueError(f"size, channels: {self.size}, {self.channels}; the digits are 8x8 and have 1 channel")
+        return self
+
+
+class Network(Section):
+    """A diffusers UNet2DModel."""
+
+    channels: Annotated[tuple[int, ...], Field(min_length=1)] = Field(
+        (32, 64), description="width at each resolution; every level after the first halves the size"
+    )
+    layers: Count = Field(1, description="residual blocks at each level")
+    attention: Annotated[tuple[int, ...], Field()] = Field((), description="levels with self-attention, from 0")
+    dropout: Fraction = Field(0.0, description="dropout inside the residual blocks")
+
+    @model_validator(mode="after")
+    def _levels_exist(self) -> Self:
+        if any(width < 8 or width % 8 for width in self.channels):
+            raise ValueError(f"channels: {list(self.channels)} are not multiples of 8")
+        if any(not 0 <= level < len(self.channels) for level in self.attention):
+            raise ValueError(f"attention: {list(self.attention)} are not levels in 0 .. {len(self.channels) - 1}")
+        return self
+
+
+class Optimizer(Section):
+    """AdamW with a learning rate that warms up, then follows its schedule to the last step."""
+
+    lr: Positive = Field(1e-3, description="peak learning rate")
+    betas: tuple[Fraction, Fraction] = Field((0.9, 0.99), description="decay of the two moments")
+    weight_decay: Scale = Field(0.0, description="decoupled weight decay")
+    schedule: Literal["constant", "cosine", "drop"] = Field("cosine", description="after the warm-up")
+    drop_at: Fraction = Field(0.75, description="for drop: the share of the steps after which the rate falls, once")
+    drop_to: Positive = Field(0.25, description="for drop: by this factor")
+    warmup: Annotated[int, Field(ge=0)] = Field(0, description="steps of linear warm-up")
+    clip: Positive | None = Field(None, description="largest norm of the gradient; null is no clipping")
+
+
+class LogNormal(Section):
+    """Noise levels: ln sigma ~ N(mean, std^2), kept inside the denoiser's range (Karras et al. 2022)."""
+
+    mean: Annotated[float, Field(allow_inf_nan=False)] = Field(-1.2, description="mean of ln sigma")
+    std: Positive = Field(1.2, description="standard deviation of ln sigma")
+
+
+class Logging(Section):
+    """What a run writes, in steps. None of it changes the result."""
+
+    log_every: Count = Field(10, description="between lines of metrics.jsonl")
+    sample_every: Count = Field(100, description="between grids of samples and training curves")
+    checkpoint_every: Count = Field(100, description="between checkpoints; the last two are kept")
+    mismatch_every: Count | None = Field(
+        None, description="for train: between measurements of the mismatch to target and teacher; null is none"
+    )
+
+
+class Toy(Section):
+    """The networks of a toy. Where its teacher is exact, the student starts as x = spread z."""
+
+    hidden: Count = Field(64, description="width of the layers")
+    layers: Count = Field(3, description="residual layers")
+    spread: Positive = Field(1.0, description="standard deviation of the first student's samples")
+    affine: bool = Field(False, description="keep the student x = m + s z, so that its law is Gaussian")
+
+
+class TeacherSource(Section):
+    """What is distilled: a diffusion model, or a mixture of Gaussians."""
+
+    name: Literal["pipeline", "two-modes", "ring", "grid"] = Field(
+        "pipeline", description="a diffusers model; or a toy: 2 modes on a line, 8 on a ring, 5 x 5 on a grid"
+    )
+    path: str | None = Field(
+        None, description="a pipeline folder or a run of `distill teach`; null is a toy's exact denoiser"
+    )
+    guidance: Scale = Field(1.0, description="classifier-free guidance scale; 1 is none")
+
+    @model_validator(mode="after")
+    def _path_fits_name(self) -> Self:
+        if self.path is None and self.name == "pipeline":
+            raise ValueError("path: None does not go with name: pipeline (only a toy can do without)")
+        if self.guidance != 1 and self.name != "pipeline":
+            raise ValueError(f"guidance: {self.guidance}; a toy has no conditions to guide by")
+        return self
+
+    @property
+    def exact(self) -> bool:
+        """Whether the teacher is no network, but a mixture in closed form."""
+        return self.path is None
+
+
+class Student(Section):
+    """x = D_theta(sigma_init z, sigma_init), initialised from the teacher."""
+
+    sigma_init: Positive = Field(2.5, description="noise level of the student's input")
+    optimizer: Optimizer = Optimizer(lr=2e-4, betas=(0.0, 0.99))
+    ema: Fraction = Field(0.99, description="decay of the average of the weights")
+
+
+class Fake(Section):
+    """The online denoiser of the student's samples, initialised from the teacher."""
+
+    optimizer: Optimizer = Optimizer(lr=4e-4, betas=(0.0, 0.99))
+    noise: LogNormal = LogNormal()
+    steps: Count = Field(1, description="updates for each update of the student")
+
+
+class StudentNoise(Section):
+    """Noise levels of the student's loss: uniform in the index of the Karras grid."""
+
+    sigma_min: Positive | None = Field(None, description="lowest level; null is the teacher's")
+    sigma_max: Positive | None = Field(None, description="highest level; null is the teacher's")
+    rho: Positive = Field(7.0, description="exponent of the grid")
+    trim: Annotated[float, Field(ge=0, lt=0.5)] = Field(0.02, description="share left out at each end")
+    weighting: Literal["distance", "level", "none"] = Field(
+        "distance",
+        description="levels made alike by each sample's distance to its prediction (DMD), by level only, or not at all "
+        "(Diff-Instruct)",
+    )
+
+
+class TargetChoice(Section):
+    """What the student is pulled towards: the teacher, or a path that leads back to it (DisBack)."""
+
+    name: Literal["fixed", "warm", "nodes", "weight-interpolation", "score-interpolation"] = Field(
+        "fixed",
+        description="fixed: the teacher throughout; the others start from a fake score that fits the first student, "
+        "and pull to the teacher at once (warm) or first to what lies between, as the name says",
+    )
+    path: str | None = Field(None, description="folder of the degradation path, made if missing; null is RUN/path")
+    updates: Count = Field(50, description="updates before the teacher is the target; 10 to 15 % of the run")
+    schedule: Literal["even", "adaptive"] = Field(
+        "even", description="even; or on as soon as the mismatch has halved since the last switch, even at the latest"
+    )
+    stages: Count = Field(5, description="of an adaptive interpolation; of nodes, every one is a stage")
+    ratio: Literal["teacher", "bridge"] = Field(
+        "teacher",
+        description="teacher: a divergence weights from the teacher on; bridge: on the way too, by a second ratio "
+        "to the first student's samples (score-interpolation)",
+    )
+
+    @model_validator(mode="after")
+    def _bridge_needs_score_interpolation(self) -> Self:
+        if self.ratio == "bridge" and self.name != "score-interpolation":
+            raise ValueError(
+                f"ratio: bridge does not go with name: {self.name}; the ratio on the way is known for "
+                "score-interpolation"
+            )
+        return self
+
+    @property
+    def moves(self) -> bool:
+        """Whether the target is not the teacher from the first update on."""
+        return self.name not in ("fixed", "warm")
+
+
+class Degradation(Section):
+    """DisBack's first stage: a copy of the teacher learns the first student's samples, and is kept on the way."""
+
+    optimizer: Optimizer = Optimizer(lr=1e-3, betas=(0.0, 0.99))
+    steps: Count = Field(200, description="updates at most; over so many the learning rate's schedule runs")
+    check_every: Count = Field(25, description="updates between looks at the loss of a fixed batch")
+    tolerance: Fraction = Field(0.02, description="the relative fall of that loss below which a look is in vain")
+    patience: Count = Field(2, description="looks in vain, one after the other, that end the stage")
+    nodes: Annotated[int, Field(ge=1)] = Field(5, description="networks that are kept, the last one among them")
+    spacing: Literal["mismatch", "steps"] = Field(
+        "mismatch", description="of the nodes: equal in mismatch to the last one, or in the logarithm of the step"
+    )
+    storage: Literal["full", "half", "low-rank"] = Field(
+        "full", description="a node as a full copy, or as its difference to the teacher in float16, or of low rank"
+    )
+    rank: Count = Field(8, description="for low-rank")
+
+
+class DivergenceChoice(Section):
+    """The divergence D_f(teacher || student) that is minimised, through its weight h(r) = r^2 f''(r)."""
+
+    name: DivergenceName = Field("reverse-kl", description="all but reverse-kl weight by a ratio, and need `real`")
+    exponent: Annotated[float, Field(allow_inf_nan=False)] | None = Field(None, description="for alpha: h = r^exponent")
+    clip: tuple[Positive, Positive] = Field((0.1, 20.0), description="bounds of the estimated ratio")
+    normalise: bool = Field(True, description="divide r by its mean in a noise bin, then h by its mean over the batch")
+    bins: Count = Field(10, description="noise bins, equal in the Karras index; few samples a bin pull r to 1")
+    decay: Fraction = Field(0.0, description="of the bins' running means; 0 keeps the present batch only")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if (self.exponent is not None) != (self.name == "alpha"):
+            raise ValueError(f"exponent: {self.exponent} does not go with name: {self.name} (alpha needs one)")
+        if not self.clip[0] < self.clip[1]:
+            raise ValueError(f"clip: {list(self.clip)}; the first bound must be below the second")
+        return self
+
+    @property
+    def constant(self) -> bool:
+        """Whether the weight is 1 whatever the ratio."""
+        return self.name == "reverse-kl" or self.exponent == 0
+
+
+class Real(Section):
+    """What a discriminator takes for real. With `none` there is no discriminator."""
+
+    name: Literal["none", "data", "teacher"] = Field("none", description="images, or samples that the teacher makes")
+    data: Data = Field(Data(), description="the images, for name: data")
+    count: Count = Field(10_000, description="for name: teacher, how many samples are made, once")
+    sampler: SolverName = Field("heun", description="for name: teacher")
+    steps: Count = Field(18, description="of the sampler")
+    seed: Seed = Field(0, description="of the teacher's samples, which runs of any seed share")
+    cache: str = Field("runs/teacher-samples", description="folder of samples that were made, by what made them")
+
+
+class DiscriminatorChoice(Section):
+    """Heads on the features of a network, trained with the fake score where `real` says against what."""
+
+    features: Literal["teacher", "fake"] = Field(
+        "teacher", description="whose encoder is read: the frozen teacher's, or the fake score's, trained too"
+    )
+    levels: tuple[int, ...] | None = Field(
+        None, description="resolutions of a UNet (-1 is the bottleneck) or blocks of a transformer; null is a choice"
+    )
+    lr: Positive | None = Field(None, description="peak learning rate of the heads; null is the fake score's")
+    weight: Positive = Field(1.0, description="of the discriminator's loss beside the fake score's")
+    r1: Scale = Field(0.0, description="gamma of the penalty gamma / 2 |grad ln r|^2 at real samples")
+    r1_form: Literal["exact", "difference"] = Field("exact", description="by a second derivative, or a difference")
