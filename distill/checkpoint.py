@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from distill.atomic import atomic_write
+from samplers.atomic import atomic_write
 
 
 def save(

@@ -18,7 +18,6 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from distill import checkpoint
-from distill.atomic import atomic_write
 from distill.config import FirstStage, Train
 from distill.degradation import Degrader, Plateau, Probe, Recording, choose, mismatches, probe
 from distill.mismatch import SAMPLES, score_mismatch
@@ -32,6 +31,7 @@ from distill.student import OneStep
 from distill.subject import Subject, checked_subject, sampled, sigma_init
 from distill.targets import Backtracking, Fixed, Target, walk_of
 from samplers import Denoiser, SampleNoise
+from samplers.atomic import atomic_write
 from samplers.schedules import karras_sigma
 
 CANDIDATES = "candidates"  # in a path's folder, until the nodes are chosen

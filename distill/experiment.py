@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from distill import checkpoint, data, disback, divergences, pictures, toy
 from distill import config as schemas
 from distill.adversary import Adversary, FakeHeads, ScoreOnly, TeacherHeads
-from distill.atomic import atomic_write
 from distill.card import teacher_card
 from distill.discriminator import Discriminator
 from distill.export import save_pipeline, teacher_scheduler
@@ -34,6 +33,7 @@ from distill.teacher import FACTS, pipeline_folder
 from distill.trainer import Trainer, by_distance, by_level, unweighted
 from distill.weights import RatioWeight
 from samplers import NetworkDenoiser, SampleNoise, denoiser_from
+from samplers.atomic import atomic_write
 from samplers.schedules import karras_index
 
 Progress = Callable[[int, dict[str, float]], None]

@@ -12,11 +12,11 @@ from typing import Any
 from torch import nn
 
 from distill import checkpoint
-from distill.atomic import atomic_folder
 from distill.card import student_card
 from distill.config import Train
 from distill.run import read_record
 from distill.teacher import FACTS, read_facts
+from samplers.atomic import atomic_folder
 
 EXPORTABLE = "CMStochasticIterativeScheduler"
 _WRITTEN = ("README.md", FACTS, "model_index.json", "scheduler", "unet")

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from distill import checkpoint
-from distill.atomic import atomic_write
+from samplers.atomic import atomic_write
 
 MANIFEST = "manifest.json"
 Storage = Literal["full", "half", "low-rank"]

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from distill.atomic import atomic_write
+from samplers.atomic import atomic_write
 
 
 def save_grid(images: Tensor, path: Path, columns: int = 10, shortest: int = 32) -> None:

@@ -17,7 +17,6 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from distill import checkpoint
-from distill.atomic import atomic_write
 from distill.data import Images
 from distill.generate import ImageGenerator, load_generator
 from distill.noise import TEACHER_SAMPLES
@@ -25,6 +24,7 @@ from distill.progress import Progress
 from distill.sections import Real, TeacherSource
 from distill.teacher import FACTS, pipeline_folder
 from samplers import GaussianMixture, SampleNoise
+from samplers.atomic import atomic_write
 
 CHUNK = 256  # samples in a file of the cache
 _FORMAT = 1

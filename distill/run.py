@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from distill import checkpoint, pictures
-from distill.atomic import atomic_write
 from distill.sections import Logging, Section
 from distill.trainer import Stepper, train
+from samplers.atomic import atomic_write
 
 LIBRARIES = ("torch", "diffusers", "accelerate", "safetensors", "numpy")
 

@@ -14,11 +14,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from distill.atomic import atomic_folder
 from distill.data import Images
 from distill.sections import Toy
 from samplers import GaussianMixture, NetworkDenoiser
 from samplers.adapters import EDM
+from samplers.atomic import atomic_folder
 
 SIGMA_MIN, SIGMA_MAX = 0.02, 20.0
 

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from distill import toy
-from distill.atomic import atomic_write
 from distill.data import digits
 from distill.degradation import Degrader, Plateau, Recording, choose, mismatches, probe
 from distill.losses import denoising_loss
@@ -35,6 +34,7 @@ from distill.student import OneStep, update_average
 from distill.targets import Backtracking, Fixed, Target, walk_of
 from distill.trainer import Trainer, train, unweighted
 from samplers import GaussianMixture, NetworkDenoiser, SampleNoise
+from samplers.atomic import atomic_write
 from tools.bench_toys import BatchShare
 from tools.metrics import frechet_distance
 from tools.modes import sliced_wasserstein

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from distill import toy
 from distill.adversary import FakeHeads
-from distill.atomic import atomic_write
 from distill.discriminator import Discriminator
 from distill.divergences import DIVERGENCES
 from distill.noise import karras_level, log_normal_level
@@ -34,6 +33,7 @@ from distill.taps import Tap
 from distill.targets import Fixed
 from distill.trainer import Trainer, train
 from distill.weights import RatioWeight
+from samplers.atomic import atomic_write
 from samplers.schedules import karras_index
 from tools.modes import mode_score
 

@@ -18,8 +18,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distill.atomic import atomic_write
 from distill.data import digits
+from samplers.atomic import atomic_write
 
 WEIGHTS = Path(__file__).with_name("weights") / "digits-classifier.safetensors"
 N_CLASSES = 10

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from distill.atomic import atomic_write
+from samplers.atomic import atomic_write
 from tools.scores import Estimate, Score, estimate, summarise
 
 COLUMNS = {  # heading -> the number of a Score, and how it is written

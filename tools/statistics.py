@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from distill.atomic import atomic_write
+from samplers.atomic import atomic_write
 
 BLOCK = 512  # rows in one rank-k update
 Float64 = NDArray[np.float64]
