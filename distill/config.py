@@ -153,6 +153,34 @@ class Train(Section):
         )
 
 
+class FitGaussian(Section):
+    """Fit a Gaussian (mean, covariance of low rank) to images or their latents, to teleport with.
+
+    Images are read as they are needed. A run that is killed leaves no file: start it again. Started by `accelerate
+    launch`, processes share the images.
+    """
+
+    command: Literal["gaussian"] = Field("gaussian", description="what this file is for")
+    data: Data = Data()
+    out: str = Field(description="the file to write, named .safetensors; an older one is replaced at the end")
+    classes: bool = Field(False, description="a mean for each class of the data, and one covariance within them")
+    rank: Count | None = Field(None, description="directions with a variance of their own; null is by the tolerance")
+    tolerance: Positive = Field(0.05, description="what a jump may cost, in nats")
+    flip: bool = Field(False, description="fit to every image and its mirror image")
+    pipeline: str | None = Field(
+        None, description="folder of a latent pipeline: the latents of its VAE are fitted; null is the pixels"
+    )
+    batch: Count = Field(16, description="images in memory at once, in each process")
+    seed: Seed = Field(0, description="of the latents, and of the samples that a jump's cost is judged by")
+    device: str | None = Field(None, description="where the VAE runs; null is a GPU if there is one")
+
+    @model_validator(mode="after")
+    def _is_named_safetensors(self) -> Self:
+        if not self.out.endswith(".safetensors"):
+            raise ValueError(f"out: {self.out} is not named .safetensors")
+        return self
+
+
 class FirstStage(Section):
     """Record how the teacher degrades to a first student: what a path's own configuration says."""
 

@@ -1,10 +1,11 @@
-"""Training images: the embedded digits, or any folder of images.
+"""Training images: the embedded digits, or any folder of images, in memory or read as they are needed.
 
 The digits are the 1,797 real 8x8 handwritten digits that scikit-learn carries (UCI Optical Recognition of
 Handwritten Digits), so the whole road can be walked without a download. They are split once, stratified by
 class, into a training half and a held-out half that nothing is ever trained on.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -31,6 +32,46 @@ class Images:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[C, H, W]."""
+        return tuple(self.images.shape[1:])
+
+    def read(self, numbers: Sequence[int]) -> Tensor:
+        """The images with these numbers, [B, C, H, W]."""
+        return self.images[list(numbers)]
+
+    def name(self, number: int) -> str:
+        """What to call an image in a message."""
+        return f"image {number}"
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """A folder of images that stay in their files until they are read. See `image_files`."""
+
+    files: tuple[Path, ...]
+    size: int
+    channels: int
+    labels: Tensor | None = None
+    classes: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[C, H, W]."""
+        return self.channels, self.size, self.size
+
+    def read(self, numbers: Sequence[int]) -> Tensor:
+        """The images with these numbers, [B, C, H, W], float32 in [-1, 1]. Raises ValueError, naming the file."""
+        return torch.stack([_read(self.files[number], self.size, self.channels) for number in numbers])
+
+    def name(self, number: int) -> str:
+        """What to call an image in a message."""
+        return str(self.files[number])
 
 
 def digits(split: Split) -> Images:
@@ -61,19 +102,24 @@ def _digits() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def folder(path: str | Path, size: int, channels: int = 3) -> Images:
-    """Every image below `path`, [N, channels, size, size]; the sub-folders are the classes, if there are any.
+    """Every image below `path`, in memory: what `image_files` finds, [N, channels, size, size]."""
+    found = image_files(path, size, channels)
+    return Images(found.read(range(len(found))), found.labels, found.classes)
 
-    Images are centre-cropped to a square and resized (antialiased bicubic). Raises ValueError, naming the file,
-    when an image cannot be read, and when there is none.
+
+def image_files(path: str | Path, size: int, channels: int = 3) -> ImageFiles:
+    """Every image below `path`, not yet read; the sub-folders are the classes, if there are any.
+
+    Images are centre-cropped to a square and resized (antialiased bicubic). Raises ValueError when there is none, or
+    some lie in class folders and some beside them; reading raises it, naming the file, when one cannot be read.
     """
     root = Path(path)
     if not root.is_dir():
         raise ValueError(f"data.path: {root} is not a folder of images")
-    files = sorted(f for f in root.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES and f.is_file())
+    files = tuple(sorted(f for f in root.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES and f.is_file()))
     if not files:
         raise ValueError(f"data.path: {root} has no images (looked for {', '.join(IMAGE_SUFFIXES)})")
 
-    images = torch.stack([_read(f, size, channels) for f in files])
     parents = [f.relative_to(root).parts[0] if len(f.relative_to(root).parts) > 1 else None for f in files]
     if None in parents:
         if any(parents):
@@ -81,9 +127,11 @@ def folder(path: str | Path, size: int, channels: int = 3) -> Images:
             raise ValueError(
                 f"data.path: {loose} lies beside class folders; put every image into a class folder or none"
             )
-        return Images(images)
+        return ImageFiles(files, size, channels)
     classes = sorted({p for p in parents if p is not None})
-    return Images(images, torch.tensor([classes.index(p) for p in parents if p is not None]), tuple(classes))
+    label = {name: number for number, name in enumerate(classes)}
+    labels = torch.tensor([label[p] for p in parents if p is not None])
+    return ImageFiles(files, size, channels, labels, tuple(classes))
 
 
 def _read(file: Path, size: int, channels: int) -> Tensor:

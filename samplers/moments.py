@@ -159,7 +159,7 @@ class Moments:
         freedom = int(self.counts.sum()) - len(self.counts)
         if freedom < 1 or self._scatter is None:
             raise ValueError(
-                f"batches: hold {self._seen} samples, too few for a covariance; {len(self.counts) + 1} or more are needed"
+                f"batches: hold {self._seen} samples, too few for a covariance; needed are {len(self.counts) + 1}"
             )
         variances, components = self._eigen(freedom)
         total = self._trace / freedom
