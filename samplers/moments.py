@@ -1,9 +1,9 @@
 """Class means and pooled covariance of a stream of samples: the whole matrix, or its top eigenvectors in one pass.
 
-Every block of rows becomes rows whose Gram matrix is its share of the scatter: the rows less their own class mean, and
-sqrt(n m / (n + m)) (mean - mean before) for each class (Chan, Golub & LeVeque 1983, eq. 2.1). Up to 4,096 dimensions
-they are added to a matrix; above, they are stacked under S V^T of what was before, and the stack is cut back to its
-top singular vectors through its small Gram matrix (incremental SVD: Brand 2002, Ross et al. 2008). So is merging.
+Rows less the point mean - sqrt(n / (n + m)) (mean - mean before) have as Gram matrix what these m of a class add to
+the scatter of the n before (Chan, Golub & LeVeque 1983, eq. 2.1, without its extra row). Up to 4,096 dimensions it is
+added to a matrix; above, the rows lie under S V^T of what was before, and both are cut back to their top singular
+vectors through their small Gram matrix (incremental SVD: Brand 2002, Ross et al. 2008). So is merging.
 """
 
 import math
@@ -16,16 +16,18 @@ from torch import Tensor
 from samplers.gaussian import Gaussian, nats_times_count
 
 FULL_DIM = 4096  # up to here the whole covariance is kept
-CAPACITY = 256  # directions that are kept above
+RANK = 256  # directions that are asked for above, if nothing is said
 BLOCK = 512  # rows that are folded at once
+_STRIP = 4096  # columns, or _FEW rows, that are copied at once
+_FEW = 64
 
 
 class Moments:
     """Streaming moments of samples [B, *shape], with class labels [B] if n_classes is given; can be merged.
 
-    rank: directions kept above 4,096 dimensions (default 256, and a quarter more while the stream lasts). Memory there:
-    about (capacity + block) d numbers and a temporary copy of the kept ones. Sums of means and squares are in float64;
-    products in the samples' dtype, float32 at least. `method` names the way: "full" or "incremental".
+    rank: how many directions may be asked for above 4,096 dimensions (default 256); a quarter more are kept. Memory
+    there: 1.25 rank + block rows of d numbers, once, and 1.25 rank more of them twice when the Gaussian is made. Means
+    are in float64, products in the samples' dtype, float32 at least. `method` names the way: "full" or "incremental".
     Raises ValueError for shapes, ranks or labels that do not fit.
     """
 
@@ -47,49 +49,47 @@ class Moments:
         if method not in (None, "full", "incremental"):
             raise ValueError(f"method: {method!r}; accepted are full and incremental")
         self.method = method or ("full" if self.dim <= FULL_DIM else "incremental")
-        self.capacity = min(self.dim, CAPACITY if rank is None else max(1, math.ceil(1.25 * rank)))
+        self.capacity = min(self.dim, max(1, math.ceil(1.25 * (RANK if rank is None else rank))))
         self.counts = torch.zeros(n_classes or 1, dtype=torch.int64)
         self._means = torch.zeros(n_classes or 1, self.dim, dtype=torch.float64)
-        self._scatter: Tensor | None = None  # [d, d] float64, or the rows S V^T [capacity or less, d]
         self._trace = 0.0
-        self._pending: list[Tensor] = []
-        self._pending_labels: list[Tensor] = []
-        self._rows = self._seen = 0
+        self._scatter: Tensor | None = None  # [d, d] float64, of the full way
+        self._rows: Tensor | None = None  # first the kept rows S V^T of the incremental way, then the pending ones
+        self._labels = torch.zeros(0, dtype=torch.int64)
+        self._kept = self._pending = 0
 
     @property
     def count(self) -> int:
         """How many samples were seen."""
-        return self._seen
+        return int(self.counts.sum()) + self._pending
 
     def update(self, x: Tensor, labels: Tensor | None = None) -> None:
         """Add samples [B, *shape], on any device. Nothing is added when this raises.
 
-        Raises ValueError for another shape, labels that do not fit, and values that are not finite, which it names by
-        the sample's number in the stream.
+        Raises ValueError for another shape, labels that do not fit, values that are not finite, which it names by the
+        sample's number in the stream (from 0), and values so large that their squares are not finite.
         """
         if x.ndim != len(self.shape) + 1 or tuple(x.shape[1:]) != self.shape:
             raise ValueError(f"batches: hold {list(x.shape[1:])} a sample, after {list(self.shape)}")
-        rows = x.detach().reshape(len(x), self.dim)
-        if not rows.is_floating_point():
+        if not x.is_floating_point():
             raise ValueError(f"batches: are {x.dtype}; needed are floating-point numbers")
-        bad = (~torch.isfinite(rows.sum(1))).nonzero()  # a sum is finite only if its terms are
-        bad = bad[(~torch.isfinite(rows[bad[:, 0]])).any(1)] if len(bad) else bad
-        if len(bad):
-            first = ", ".join(str(self._seen + int(i)) for i in bad[:3, 0])
-            raise ValueError(f"batches: {len(bad)} of {len(x)} samples are not finite, at number {first} of the stream")
         labels = self._checked(labels, len(x))
+        if not len(x):
+            return
+        rows = x.detach().reshape(len(x), self.dim)
+        dtype = torch.promote_types(x.dtype, torch.float32 if self._rows is None else self._rows.dtype)
+        self._check_values(rows, dtype)
 
-        rows = rows.to("cpu", torch.promote_types(x.dtype, torch.float32))
-        for part, named in zip(rows.split(self.block), labels.split(self.block), strict=True):
-            while len(part):
-                taken = self.block - self._rows
-                self._pending.append(part[:taken].clone())
-                self._pending_labels.append(named[:taken])
-                self._rows += len(part[:taken])
-                part, named = part[taken:], named[taken:]
-                if self._rows == self.block:
-                    self._fold()
-        self._seen += len(x)
+        buffer = self._buffer(dtype)
+        while len(rows):
+            at = self._kept + self._pending
+            part = rows[: len(buffer) - at]
+            buffer[at : at + len(part)] = part
+            self._labels[self._pending : self._pending + len(part)] = labels[: len(part)]
+            self._pending += len(part)
+            rows, labels = rows[len(part) :], labels[len(part) :]
+            if at + len(part) == len(buffer):
+                self._fold()
 
     def merge(self, other: "Moments") -> None:
         """Add what `other` has seen, which is left as it is but for its pending rows, folded now.
@@ -101,44 +101,59 @@ class Moments:
             raise ValueError(f"merge: moments of {theirs} do not go with those of {ours} (shape, classes, method)")
         self._fold()
         other._fold()
-        if other._scatter is None:
-            return
-        extra = [self._shift(c, other._means[c], int(other.counts[c])) for c in range(len(self.counts))]
-        shifts = torch.stack([row for row in extra if row is not None]) if any(e is not None for e in extra) else None
-        self._trace += other._trace + (0.0 if shifts is None else float(shifts.square().sum()))
-        if self.method == "full":
-            between = 0 if shifts is None else shifts.mT @ shifts
-            self._scatter = other._scatter + between + (0 if self._scatter is None else self._scatter)
-        else:
-            kept = [] if self._scatter is None else [self._scatter]
-            rows = torch.cat([*kept, other._scatter, *([] if shifts is None else [shifts.to(other._scatter)])])
-            self._scatter = self._cut(rows, _gram(rows))
-        self._seen += other._seen
+        n, m = self.counts.double()[:, None], other.counts.double()[:, None]
+        both = (n + m).clamp_min(1)
+        delta = other._means - self._means
+        shifts = ((n * m / both).sqrt() * delta)[((n > 0) & (m > 0))[:, 0]]  # what the means' distance adds
+        self._means += delta * (m / both)
+        self.counts += other.counts
+        self._trace += other._trace + float(shifts.square().sum())
+        if other._scatter is not None:
+            scatter = shifts.mT @ shifts
+            scatter += other._scatter
+            self._scatter = scatter if self._scatter is None else self._scatter.add_(scatter)
+        if other._rows is not None and self.method == "incremental":
+            dtype = (
+                other._rows.dtype if self._rows is None else torch.promote_types(self._rows.dtype, other._rows.dtype)
+            )
+            for rows in (other._rows[: other._kept].clone(), shifts):
+                for part in rows.split(self.block):
+                    self._buffer(dtype)[self._kept : self._kept + len(part)] = part
+                    self._add(len(part))
 
     def state(self) -> dict[str, Tensor]:
         """Everything as tensors, for another process or a file; `from_state` takes it back."""
         self._fold()
-        scatter = self._scatter if self._scatter is not None else torch.zeros(0, self.dim)
+        scatter = self._scatter if self._rows is None or self.method == "full" else self._rows[: self._kept]
         settings = torch.tensor([self.n_classes or 0, self.capacity, self.block, int(self.method == "full")])
         return {
             "shape": torch.tensor(self.shape),
             "settings": settings,
             "counts": self.counts.clone(),
             "means": self._means.clone(),
-            "scatter": scatter.clone(),
+            "scatter": torch.zeros(0, self.dim) if scatter is None else scatter.clone(),
             "trace": torch.tensor(self._trace, dtype=torch.float64),
         }
 
     @classmethod
     def from_state(cls, state: dict[str, Tensor]) -> Self:
-        """The moments that `state` wrote down."""
+        """The moments that `state` wrote down. Raises ValueError for anything else."""
+        missing = {"shape", "settings", "counts", "means", "scatter", "trace"} - set(state)
+        if missing:
+            raise ValueError(f"state: lacks {', '.join(sorted(missing))}; it is not one of moments")
         n_classes, capacity, block, full = state["settings"].tolist()
-        shape = state["shape"].tolist()
-        moments = cls(shape, n_classes or None, block=block, method="full" if full else "incremental")
+        moments = cls(state["shape"].tolist(), n_classes or None, block=block, method=("incremental", "full")[full])
+        scatter = state["scatter"]
+        if state["means"].shape != moments._means.shape or scatter.ndim != 2 or scatter.shape[1] != moments.dim:
+            raise ValueError(f"state: its tensors do not fit samples of {list(moments.shape)}")
         moments.capacity = capacity
         moments.counts, moments._means = state["counts"].clone(), state["means"].clone()
-        moments._scatter = state["scatter"].clone() if len(state["scatter"]) else None
-        moments._trace, moments._seen = float(state["trace"]), int(state["counts"].sum())
+        moments._trace = float(state["trace"])
+        if len(scatter) and full:
+            moments._scatter = scatter.clone()
+        elif len(scatter):
+            moments._buffer(scatter.dtype)[: len(scatter)] = scatter
+            moments._kept = len(scatter)
         return moments
 
     def gaussian(
@@ -150,33 +165,38 @@ class Moments:
         so many samples are enough for the tolerance at all: below, no jump could be certified.
         Raises ValueError for fewer than K + 1 samples or a class without any, and a rank above what they span.
         """
-        self._fold()
         if not tolerance > 0:
             raise ValueError(f"tolerance: {tolerance} nats is not positive")
+        if rank is not None and rank < 0:
+            raise ValueError(f"rank: {rank} is negative")
+        self._fold()
         empty = (self.counts == 0).nonzero()[:, 0].tolist()
         if empty and self.n_classes is not None:
             raise ValueError(f"batches: hold no sample of class {empty[0]} of 0 .. {self.n_classes - 1}")
-        freedom = int(self.counts.sum()) - len(self.counts)
-        if freedom < 1 or self._scatter is None:
+        freedom = self.count - len(self.counts)
+        if freedom < 1:
             raise ValueError(
-                f"batches: hold {self._seen} samples, too few for a covariance; needed are {len(self.counts) + 1}"
+                f"batches: hold {self.count} samples, too few for a covariance; needed are {len(self.counts) + 1}"
             )
-        variances, components = self._eigen(freedom)
+        variances, vectors, basis = self._eigen(freedom)
         total = self._trace / freedom
         if rank is None:
             rank = _rank(variances, total, self.dim, freedom, len(self.counts), tolerance)
         elif rank > len(variances):
-            raise ValueError(f"rank: {rank}; these {self._seen} samples span {len(variances)} directions")
+            kept = f", and {self.capacity} are kept" if self.method == "incremental" else ""
+            raise ValueError(f"rank: {rank}; these {self.count} samples span {len(variances)} directions{kept}")
+        components = vectors[:, :rank].mT
+        components = components.contiguous() if basis is None else components.to(basis) @ basis.mT
         left = self.dim - rank
         rest = max(0.0, total - float(variances[:rank].sum())) / left if left else 0.0
         mean = self._means.reshape(-1, *self.shape) if self.n_classes else self._means.reshape(self.shape)
         return Gaussian(
-            mean.to(components.dtype),
-            components[:rank].contiguous(),
+            mean.to(components.dtype, copy=True),
+            components,
             variances[:rank].clone(),
             rest,
             n_classes=self.n_classes,
-            count=self._seen,
+            count=self.count,
             facts=facts,
         )
 
@@ -193,78 +213,89 @@ class Moments:
             raise ValueError(f"labels: {labels.tolist()[:8]} are not all in 0 .. {self.n_classes - 1}")
         return labels
 
-    def _shift(self, c: int, mean: Tensor, m: int) -> Tensor | None:
-        """Take m samples of this mean [d] into class c; the row that their mean adds to the scatter, if any."""
-        n = int(self.counts[c])
-        delta = mean - self._means[c]
-        self.counts[c] += m
-        if not m:
-            return None
-        self._means[c] += delta * (m / (n + m))
-        return delta * math.sqrt(n * m / (n + m)) if n else None
+    def _check_values(self, rows: Tensor, dtype: torch.dtype) -> None:
+        low, high = (float(v) for v in torch.aminmax(rows))  # NaN if there is one
+        if not (math.isfinite(low) and math.isfinite(high)):
+            bad = (~torch.isfinite(rows)).any(1).nonzero()[:, 0].tolist()
+            first = ", ".join(str(self.count + i) for i in bad[:3])
+            raise ValueError(
+                f"batches: {len(bad)} of {len(rows)} samples are not finite, at number {first} of the stream"
+            )
+        largest = max(-low, high)
+        if largest > (limit := math.sqrt(torch.finfo(dtype).max / self.dim) / 1e4):
+            raise ValueError(f"batches: hold {largest:.3g}; sums of squares of {dtype} are finite up to {limit:.0g}")
+
+    def _buffer(self, dtype: torch.dtype) -> Tensor:
+        """Where rows are kept and wait, at least of this dtype."""
+        if self._rows is None:
+            kept = self.capacity if self.method == "incremental" else 0
+            self._rows = torch.empty((kept + self.block, self.dim), dtype=dtype)
+            self._labels = torch.zeros(len(self._rows), dtype=torch.int64)
+        self._rows = self._rows.to(torch.promote_types(self._rows.dtype, dtype))
+        return self._rows
 
     def _fold(self) -> None:
         """Take the pending rows into means and scatter."""
-        if not self._rows:
+        if not self._pending:
             return
-        kept = [] if self.method == "full" or self._scatter is None else [self._scatter]
-        rows, labels = torch.cat([*kept, *self._pending]), torch.cat(self._pending_labels)
-        self._pending, self._pending_labels, self._rows = [], [], 0
-        self._scatter = None if kept else self._scatter
-        before = len(kept[0]) if kept else 0
-        kept.clear()
-
-        own, extra = rows[before:], []
+        assert self._rows is not None
+        rows, labels = self._rows[self._kept : self._kept + self._pending], self._labels[: self._pending]
         for c in labels.unique().tolist():
             members = (labels == c).nonzero()[:, 0]
-            mean = own[members].sum(0, dtype=torch.float64) / len(members)
-            high = mean.to(own.dtype)  # in two parts, so that a large mean costs no digits
-            low = (mean - high).to(own.dtype)
-            if len(members) == len(own):
-                own.sub_(high).sub_(low)
-            else:
-                own[members] = own[members].sub_(high).sub_(low)
-            shift = self._shift(c, mean, len(members))
-            if shift is not None:
-                extra.append(shift.to(own.dtype))
-        if extra:
-            rows = torch.cat([rows, torch.stack(extra)])
+            own = rows if len(members) == len(rows) else rows[members]
+            n, m = int(self.counts[c]), len(members)
+            # In strips, because a sum in float64 copies what it sums.
+            mean = torch.stack([part.sum(0, dtype=torch.float64) for part in own.split(_FEW)]).sum(0) / m
+            delta = mean - self._means[c]
+            self._means[c] += delta * (m / (n + m))
+            self.counts[c] += m
+            point = mean - math.sqrt(n / (n + m)) * delta
+            high = point.to(own.dtype)  # in two parts, so that a large mean costs no digits
+            own.sub_(high).sub_((point - high).to(own.dtype))
+            if own is not rows:
+                rows[members] = own
+        self._pending, pending = 0, self._pending
+        self._trace += self._add(pending)
 
+    def _add(self, count: int) -> float:
+        """Take so many centred rows after the kept ones into the scatter; the sum of their squares."""
+        assert self._rows is not None
+        rows = self._rows[: self._kept + count]
         if self.method == "full":
-            product = (rows.mT @ rows).double()
-            self._trace += float(product.diagonal().sum())
-            self._scatter = product if self._scatter is None else self._scatter.add_(product)
-        else:
-            gram = _gram(rows)
-            self._trace += float(gram.diagonal()[before:].sum())
-            self._scatter = self._cut(rows, gram)
+            product = rows.mT @ rows
+            squares = float(product.diagonal().sum(dtype=torch.float64))
+            self._scatter = product.double() if self._scatter is None else self._scatter.add_(product)
+            return squares
 
-    def _cut(self, rows: Tensor, gram: Tensor) -> Tensor:
-        """S V^T of the top singular vectors of rows [m, d], given their Gram matrix [m, m]: [capacity or less, d]."""
+        gram = (rows @ rows.mT).double()
+        squares = float(gram.diagonal()[self._kept :].sum())
         values, vectors = torch.linalg.eigh(gram)
-        keep = min(self.capacity, int((values > values[-1] * len(rows) * 1e-15).sum()))
-        return vectors[:, -keep:].flip(1).mT.to(rows) @ rows if keep else rows[:0]
+        self._kept = min(self.capacity, int((values > values[-1] * len(rows) * 1e-15).sum()))
+        rotation = vectors[:, len(rows) - self._kept :].flip(1).mT.to(rows)
+        for strip in rows.split(_STRIP, dim=1):  # in place
+            strip[: self._kept] = rotation @ strip
+        return squares
 
-    def _eigen(self, freedom: int) -> tuple[Tensor, Tensor]:
-        """Variances [k], float64, falling, and their directions [k, d], for all that is kept and not rounding."""
-        assert self._scatter is not None
+    def _eigen(self, freedom: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Variances [k], float64, falling, of all that is kept and not rounding; their directions are the columns of
+        vectors [m, k], in an orthonormal basis [d, m] if there is one."""
+        basis = None
         if self.method == "full":
-            values, vectors = torch.linalg.eigh(self._scatter / freedom)
-            values, directions = values.flip(0), vectors.flip(1).mT
+            scatter = self._scatter
+        elif self._rows is None or not self._kept:
+            scatter = torch.zeros(0, 0, dtype=torch.float64)
+            basis = torch.zeros(self.dim, 0)
         else:
-            values, vectors = torch.linalg.eigh(_gram(self._scatter) / freedom)
-            values = values.flip(0)
-            directions = vectors.flip(1).mT.to(self._scatter) @ self._scatter
-        # Products in float32 leave their rounding in the scatter: directions below it are noise.
-        exact = self._scatter.dtype == torch.float64 and self.method == "incremental"
-        k = min(freedom, int((values > values[0].clamp_min(0) * (1e-14 if exact else 1e-9)).sum()))
-        if self.method == "incremental":
-            directions = directions[:k] / (values[:k, None] * freedom).sqrt().to(directions)
-        return values[:k], directions[:k]
-
-
-def _gram(rows: Tensor) -> Tensor:
-    return (rows @ rows.mT).double()
+            # Not by the Gram matrix: divided by small singular values, its vectors would not be orthogonal.
+            basis, upper = torch.linalg.qr(self._rows[: self._kept].mT)
+            scatter = upper.double() @ upper.double().mT
+        assert scatter is not None
+        values, vectors = torch.linalg.eigh(scatter / freedom)
+        values, vectors = values.flip(0), vectors.flip(1)
+        # What lies below the rounding of the products (full) or of the rows is noise.
+        noise = 1e-9 if basis is None else {torch.float32: 1e-12}.get(basis.dtype, 1e-14)
+        k = min(freedom, int((values > values[:1].clamp_min(0) * noise).sum()))
+        return values[:k], vectors[:, :k], basis
 
 
 def _rank(variances: Tensor, total: float, dim: int, freedom: int, n_classes: int, tolerance: float) -> int:
