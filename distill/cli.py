@@ -5,6 +5,7 @@ Nothing heavy is imported before a command runs, so that `--help` answers at onc
 
 import argparse
 import difflib
+import inspect
 import os
 import re
 import sys
@@ -19,7 +20,7 @@ import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 from pydantic import ValidationError
 
-from distill.config import COMMANDS, Train
+from distill.config import COMMANDS, FitGaussian, Train
 from distill.progress import Progress, is_first
 from distill.sections import SolverName
 
@@ -30,6 +31,7 @@ _DESCRIPTION = """One-step students of diffusion models.
   distill degrade --config configs/digits-disback.yaml      record a path for DisBack (train does it if it is missing)
   distill sample RUN_OR_PIPELINE --out grid.png             look at samples
   distill export RUN FOLDER                                 write the student as a diffusers pipeline
+  distill gaussian --data.name digits --out stats.safetensors    fit a Gaussian to data, to teleport with
 
 Every key of a configuration can be set on the command line: --optimizer.lr 1e-3.
 """
@@ -40,11 +42,12 @@ _DEGRADE = "Record how the teacher degrades to the first student, for `distill t
 
 def main() -> None:
     """The entry point: exit code 0, or 2 after a one-line message."""
+    command = None
     try:
         command, arguments = _parse(sys.argv[1:])
         _COMMANDS[command](arguments)
     except KeyboardInterrupt:
-        _fail("interrupted; continue with --resume", 130)
+        _fail("interrupted" + ("; continue with --resume" if command in COMMANDS else ""), 130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -118,6 +121,7 @@ def _parse(arguments: list[str]) -> tuple[str, Namespace]:
         commands.add_subcommand(name, sub, help=sub.description)
     commands.add_subcommand("sample", _sample_parser(), help="Write a grid of samples of a run or a pipeline.")
     commands.add_subcommand("export", _export_parser(), help="Write a student as a diffusers pipeline folder.")
+    commands.add_subcommand("gaussian", _gaussian_parser(), help="Fit a Gaussian to images, to teleport with.")
     _check_file(arguments)
     parsed = parser.parse_args(arguments)
     return parsed.subcommand, parsed[parsed.subcommand]
@@ -141,7 +145,8 @@ def _check_file(arguments: list[str]) -> None:
         named = content.get("command")
         if named == "degrade":
             raise ValueError(f"--config: {file}: is the record of a path; `distill degrade` takes that of its run")
-        if isinstance(named, str) and named in COMMANDS and named != arguments[0] and arguments[0] in COMMANDS:
+        known = (*COMMANDS, "gaussian")
+        if isinstance(named, str) and named in known and named != arguments[0] and arguments[0] in known:
             if (arguments[0], named) == ("degrade", "train"):
                 continue
             raise ValueError(f"--config: {file}: is for `distill {named}`, not for `distill {arguments[0]}`")
@@ -169,6 +174,13 @@ def _export_parser() -> ArgumentParser:
     )
     parser.add_argument("run", type=str, help="the run folder of `distill train`")
     parser.add_argument("folder", type=str, help="the folder to write")
+    return parser
+
+
+def _gaussian_parser() -> ArgumentParser:
+    parser = _Parser(description=inspect.getdoc(FitGaussian), formatter_class=_Formatter, allow_abbrev=False)
+    parser.add_argument("--config", action="config", help="a YAML file; options after it override its keys")
+    parser.add_class_arguments(FitGaussian, as_group=False)
     return parser
 
 
@@ -257,6 +269,20 @@ def _export(arguments: Namespace) -> None:
     _say(f"{arguments.folder}: a ConsistencyModelPipeline; how to run it is in its README.md")
 
 
+def _gaussian(arguments: Namespace) -> None:
+    """`distill gaussian`."""
+    values = arguments.as_dict()
+    values.pop("config", None)
+    config = FitGaussian.model_validate(values)
+
+    from distill.gaussian import describe, fit_gaussian
+
+    gaussian = fit_gaussian(config)
+    if gaussian is not None:  # on the first process
+        for line in (f"{config.out}:", *describe(gaussian, config.tolerance)):
+            _say(line)
+
+
 def _say(line: str) -> None:
     if is_first():
         print(line)
@@ -265,6 +291,7 @@ def _say(line: str) -> None:
 _COMMANDS: dict[str, Callable[[Namespace], None]] = {name: partial(_experiment, name) for name in COMMANDS} | {
     "sample": _sample,
     "export": _export,
+    "gaussian": _gaussian,
 }
 
 if __name__ == "__main__":

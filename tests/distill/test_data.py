@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from distill.data import digits, epoch_order, folder
+from distill.data import digits, epoch_order, folder, image_files
 
 
 def test_the_digits_are_split_once_and_evenly() -> None:
@@ -98,6 +98,27 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     save(tmp_path / "c.png", np.full((8, 8), 40_000, np.uint16))
     with pytest.raises(ValueError, match=r"c\.png cannot be read as an image \(its mode is I"):
         folder(tmp_path, 8)
+
+
+def test_files_are_read_when_they_are_asked_for_and_as_a_folder_is(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for k in range(6):
+        save(tmp_path / f"{'ba'[k % 2]}/{k}.png", rng.integers(0, 256, (9, 8, 3), dtype=np.uint8))
+    whole, files = folder(tmp_path, 8), image_files(tmp_path, 8)
+    assert (len(files), files.shape, files.classes) == (6, (3, 8, 8), ("a", "b")) == (6, whole.shape, whole.classes)
+    assert files.labels is not None
+    assert whole.labels is not None
+    assert files.labels.tolist() == whole.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    for numbers in (range(6), [4, 0, 0], range(2, 3)):
+        assert torch.equal(files.read(numbers), whole.read(numbers))
+        assert torch.equal(whole.read(numbers), whole.images[torch.tensor(list(numbers))])
+    assert [Path(files.name(k)).name for k in (0, 3)] == ["1.png", "0.png"]
+
+    (tmp_path / "a/3.png").write_bytes(b"no image")
+    files = image_files(tmp_path, 8)
+    assert len(files.read([0, 2, 3])) == 3
+    with pytest.raises(ValueError, match=r"a/3\.png cannot be read as an image"):
+        files.read([0, 1])
 
 
 def test_an_epoch_is_a_permutation_however_it_is_cut() -> None:

@@ -1,0 +1,101 @@
+"""Images as a latent pipeline's denoiser meets them: encoded by its VAE, shifted and scaled.
+
+Pipelines decode z = latents / scaling_factor + shift_factor (none is 0), and those of Stable Diffusion XL, where the
+VAE has them, z = latents * latents_std / scaling_factor + latents_mean; here is the inverse of each.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distill.teacher import _quiet, pipeline_folder
+from samplers import SampleNoise
+
+_UNSHIFTED = ("StableDiffusion", "DiT", "PixArt")  # the pipelines of these names decode without a shift ...
+_SHIFTED = ("StableDiffusion3",)  # ... except these
+
+
+class Encoder:
+    """The VAE of a pipeline: (images [B, C, H, W] in [-1, 1], noise) -> latents [B, c, h, w], float32, on the CPU.
+
+    Raises ValueError for a VAE whose coordinates the pipeline does not have.
+    """
+
+    def __init__(self, vae: Any, pipeline_class: str, device: torch.device | str = "cpu") -> None:
+        self.vae = vae.to(device).requires_grad_(False).eval()
+        self._device = device
+        self._shift, self._scale = _affine(vae.config, pipeline_class)
+
+    def shape(self, channels: int, size: int) -> tuple[int, int, int]:
+        """The shape [c, h, w] of the latents of square images. Raises ValueError for images that do not fit."""
+        config = self.vae.config
+        factor = 2 ** (len(config.block_out_channels) - 1)
+        if channels != config.in_channels:
+            raise ValueError(f"data.channels: {channels}; the pipeline's VAE takes images of {config.in_channels}")
+        if size % factor:
+            raise ValueError(f"data.size: {size}; the pipeline's VAE takes multiples of {factor}")
+        return config.latent_channels, size // factor, size // factor
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, noise: SampleNoise) -> Tensor:
+        """A sample of each image's posterior, by its own stream."""
+        posterior = self.vae.encode(images.to(self._device)).latent_dist
+        z = posterior.mean + posterior.std * noise.normal(posterior.mean.shape[1:], device=self._device)
+        return ((z.cpu() - self._shift) * self._scale).float()
+
+
+def read_encoder(path: str | Path, device: torch.device | str = "cpu") -> Encoder:
+    """The VAE of a pipeline folder of diffusers, from local safetensors and JSON only.
+
+    Raises ValueError for a folder that is none, a VAE other than an AutoencoderKL, and files that cannot be read.
+    """
+    folder = pipeline_folder(path)
+    try:
+        index = json.loads((folder / "model_index.json").read_text())
+        pipeline_class, (library, vae_class) = str(index["_class_name"]), index.get("vae") or (None, None)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"pipeline: {folder}: its model_index.json is not that of a pipeline") from error
+    if (library, vae_class) != ("diffusers", "AutoencoderKL"):
+        found = "has no VAE (leave `pipeline` out to fit pixels)" if vae_class is None else f"its VAE is a {vae_class}"
+        raise ValueError(f"pipeline: {folder}: {found}; supported is an AutoencoderKL")
+    part = folder / "vae"
+    from diffusers import AutoencoderKL
+
+    try:
+        with _quiet():
+            vae, loaded = AutoencoderKL.from_pretrained(
+                part,
+                use_safetensors=True,
+                local_files_only=True,
+                low_cpu_mem_usage=False,
+                output_loading_info=True,
+                torch_dtype=torch.float32,
+            )
+    except Exception as error:  # diffusers raises a different type for each thing that can be wrong with a folder
+        raise ValueError(f"pipeline: {part}: cannot be read ({str(error).splitlines()[0]})") from error
+    wrong = [*loaded["missing_keys"], *loaded["unexpected_keys"], *loaded["mismatched_keys"]]
+    if wrong:  # diffusers would go on with random weights
+        raise ValueError(
+            f"pipeline: {part}: its weights are not those of its config.json: {wrong[0]} and {len(wrong) - 1} more"
+        )
+    return Encoder(vae, pipeline_class, device)
+
+
+def _affine(config: Any, pipeline_class: str) -> tuple[Tensor, Tensor]:
+    """Shift and scale with latents = (z - shift) * scale, each [] or [1, c, 1, 1], float32."""
+    mean, std, shift = (config.get(name) for name in ("latents_mean", "latents_std", "shift_factor"))
+    centred = mean is not None and std is not None
+    unshifted = pipeline_class.startswith(_UNSHIFTED) and not pipeline_class.startswith(_SHIFTED)
+    for name, has, applied in (
+        ("shift_factor", bool(shift), not unshifted),
+        ("latents_mean and latents_std", centred, pipeline_class.startswith("StableDiffusionXL")),
+    ):
+        if has and not applied:
+            raise ValueError(f"pipeline: its VAE has {name}, which a {pipeline_class} does not apply")
+    if centred:
+        centre, spread = (torch.tensor(v, dtype=torch.float32).reshape(1, -1, 1, 1) for v in (mean, std))
+        return centre, config.scaling_factor / spread
+    return torch.tensor(float(shift or 0)), torch.tensor(float(config.scaling_factor))
