@@ -110,7 +110,8 @@ class Gaussian:
         gram = components @ components.mT
         if bool(((gram - torch.eye(rank).to(gram)).abs() > slack).any()):
             raise ValueError("components: are not orthonormal")
-        self.mean, self.components, self.variances, self.rest = mean, components, variances.double(), float(rest)
+        self.mean, self.variances, self.rest = mean, variances.double(), float(rest)
+        self.components = components.contiguous()  # as a file has it: a loaded Gaussian has the same rounding
         self._placed: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
 
     @property
@@ -284,7 +285,7 @@ class Gaussian:
                 facts=about["facts"],
                 bound=bound,
             )
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        except (OSError, SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"gaussian: {path} cannot be read as a Gaussian ({error or type(error).__name__})"
             ) from error
@@ -325,7 +326,8 @@ class Gaussian:
 
     def _spectrum(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The variances [1, rank] and the rest [1, 1], float64, on x's device."""
-        return self.variances.to(x.device)[None], torch.full((1, 1), self.rest, dtype=torch.float64, device=x.device)
+        rest = self.rest if self.rank < self.dim else 1.0  # of no direction: any number whose gain is finite
+        return self.variances.to(x.device)[None], torch.full((1, 1), rest, dtype=torch.float64, device=x.device)
 
     def _shaped(self, flat: Tensor, x: Tensor) -> Tensor:
         return flat.reshape(-1, *self.shape).to(x.dtype)
