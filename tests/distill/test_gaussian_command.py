@@ -353,10 +353,9 @@ class Endless:
 
     labels = None
     classes = ()
-    shape = (3, 8, 8)
 
-    def __init__(self, n: int) -> None:
-        self._n = n
+    def __init__(self, n: int, size: int = 8) -> None:
+        self._n, self.shape = n, (3, size, size)
 
     def __len__(self) -> int:
         return self._n
@@ -408,6 +407,8 @@ def test_the_kept_samples_are_uniform_and_the_seeds_own() -> None:
     assert abs(float(mirrored.mean()) - 0.5) < 5 * 0.5 / (KEPT * seeds) ** 0.5
     assert len(set(chosen[0]) & set(chosen[1])) < KEPT / 2
     assert Fit(config, Endless(n))._chosen == chosen[0]  # type: ignore[arg-type]
+    large = Fit(config, Endless(n, 128))  # type: ignore[arg-type]
+    assert len(large._chosen) * 4 * large.moments.dim <= 256 * 2**20  # bytes
 
 
 # --- processes, and the command line
