@@ -38,12 +38,11 @@ def images(n: int, size: int, channels: int, generator: torch.Generator) -> Tens
     rows, columns = torch.fft.fftfreq(size)[:, None], torch.fft.rfftfreq(size)[None]
     amplitude = 1 / (rows.square() + columns.square()).sqrt().clamp_min(1 / size)
     noise = torch.randn((n, channels, size, size), generator=generator)
-    x = torch.fft.irfft2(torch.fft.rfft2(noise) * amplitude, s=(size, size))
+    x = torch.fft.irfft2(torch.fft.rfft2(noise) * amplitude / amplitude.square().mean().sqrt(), s=(size, size))
     x = 0.8 * x + 0.6 * x[:, :1]
     place = torch.linspace(-1, 1, size)
     contrast = 1.5 - (place[:, None].square() + place[None].square()) / 2
-    unit = amplitude.square().mean().sqrt()
-    return 0.5 * x * contrast / unit / 1.3 + 0.2 * place[:, None]
+    return 0.4 * contrast * x + 0.2 * place[:, None]
 
 
 def stream(count: int, size: int, channels: int) -> Iterator[Tensor]:
