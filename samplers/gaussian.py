@@ -73,7 +73,8 @@ class Gaussian:
     mean: [*shape], or [n_classes, *shape]: a mean for each class, and one covariance. components: U^T, [rank, d],
     orthonormal rows, d the size of shape. variances: [rank], falling. rest: the variance of every other direction.
     count: of how many samples. facts: what they were (JSON). bound: what a jump costs, as far as the samples tell.
-    cond is a tensor of class labels [B] where there are classes, and not looked at where there are none.
+    cond is a tensor of class labels [B], or a dict with `class_labels`, where there are classes, and not looked at
+    where there are none.
     The arithmetic is in x's dtype, float32 at least, with gains in float64.
     Raises ValueError for shapes that do not fit, values that are not finite, and variances that are negative.
     """
@@ -127,7 +128,7 @@ class Gaussian:
 
     def __call__(self, x: Tensor, sigma: Level, cond: Any = None) -> Tensor:
         """The posterior mean E[x0 | x = x0 + sigma eps], like x [B, *shape]; linear in x."""
-        z, mean, noise = self._centred(x, cond), self._mean_of(x, cond), self._level(sigma, x) ** 2
+        z, mean, noise = self._centred(x, cond), self.mean_of(x, cond), self._level(sigma, x) ** 2
         gains = [torch.where(noise > 0, v / (v + noise), 1.0) for v in self._spectrum(x)]
         return self._shaped(mean + self.apply((gains[0], gains[1], z)), x)
 
@@ -164,7 +165,7 @@ class Gaussian:
         ):
             raise ValueError("sigma_from: 0 leaves nothing to scale in a direction without variance")
         gains = [((alpha_to**2 * v + s_to**2) / b).sqrt() for v, b in zip(spectrum, before, strict=True)]
-        mean = self._mean_of(x, cond)
+        mean = self.mean_of(x, cond)
         z = self._flat(x)
         z = z - alpha.to(z) * mean if mode == "ode" else z
         return self._shaped(alpha_to.to(z) * mean + self.apply((gains[0], gains[1], z)), x)
@@ -188,7 +189,7 @@ class Gaussian:
         eps = torch.randn((n, *self.shape), generator=generator, dtype=self.mean.dtype, device=self.mean.device)
         noise = self._level(sigma, eps) ** 2
         own, rest = ((v + noise).sqrt() for v in self._spectrum(eps))
-        return self._shaped(self._mean_of(eps, cond) + self.apply((own, rest, self._flat(eps))), eps)
+        return self._shaped(self.mean_of(eps, cond) + self.apply((own, rest, self._flat(eps))), eps)
 
     def apply(self, *terms: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         """The sum of linear maps in this eigenbasis, [B, d]; each: gains [B or 1, rank], rest [B or 1, 1], z [B, d]."""
@@ -202,6 +203,17 @@ class Gaussian:
         assert total is not None
         assert within is not None
         return total + within @ self._at(total)[1]
+
+    def exponential(self, sigma: Level, x: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """phi = sqrt(l + sigma^2) and eta = asinh(sqrt(l) / sigma) / sqrt(l), each of the variances and of the rest.
+
+        With D = D_N + delta, a coordinate c of x - mu in this eigenbasis obeys d(c / phi) = delta d(eta) along the
+        probability-flow ODE, so transport is the step with delta = 0. eta is 1 / sigma where l = 0, which is DDIM.
+        """
+        level = self._level(sigma, x)
+        phi_own, phi_rest = ((v + level**2).sqrt() for v in self._spectrum(x))
+        eta_own, eta_rest = (_eta(v.sqrt(), level) for v in self._spectrum(x))
+        return (phi_own, phi_rest), (eta_own, eta_rest)
 
     def sampling_kl(self, sigma: float) -> float:
         """The nats that having `count` samples only costs at noise level sigma; 0 if the count is unknown.
@@ -303,11 +315,12 @@ class Gaussian:
             raise ValueError(f"x: has shape {list(x.shape)}; the Gaussian is of {list(self.shape)} a sample")
         return x.reshape(len(x), self.dim).to(torch.promote_types(x.dtype, torch.float32))
 
-    def _mean_of(self, x: Tensor, cond: Any) -> Tensor:
+    def mean_of(self, x: Tensor, cond: Any) -> Tensor:
         """The mean of each sample, [B or 1, d]."""
         means = self._at(x)[0]
         if self.n_classes is None:
             return means
+        cond = cond.get("class_labels") if isinstance(cond, dict) else cond
         if not isinstance(cond, Tensor) or cond.shape not in ((len(x),), (1,), ()) or cond.is_floating_point():
             given = f"shape {list(cond.shape)}" if isinstance(cond, Tensor) else repr(cond)
             raise ValueError(f"cond: {given}; needed are class labels [{len(x)}] in 0 .. {self.n_classes - 1}")
@@ -317,7 +330,7 @@ class Gaussian:
         return means[labels]
 
     def _centred(self, x: Tensor, cond: Any) -> Tensor:
-        return self._flat(x) - self._mean_of(x, cond)
+        return self._flat(x) - self.mean_of(x, cond)
 
     def _level(self, sigma: Level, x: Tensor) -> Tensor:
         """sigma as [B or 1, 1], float64, on x's device."""
@@ -331,6 +344,12 @@ class Gaussian:
 
     def _shaped(self, flat: Tensor, x: Tensor) -> Tensor:
         return flat.reshape(-1, *self.shape).to(x.dtype)
+
+
+def _eta(root: Tensor, level: Tensor) -> Tensor:
+    """asinh(root / level) / root, and its limit 1 / level as root goes to 0."""
+    flat = root < 1e-6 * level
+    return torch.where(flat, 1 / level, (root / level).asinh() / torch.where(flat, 1.0, root))
 
 
 def nats_times_count(variances: Tensor, rest: float, dim: int, n_classes: int, sigma: float) -> float:

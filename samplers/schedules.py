@@ -46,6 +46,33 @@ def flow_sigmas(n: int, sigma_max: float = 999.0, shift: float = 1.0) -> Tensor:
     return shift * t / (1 - t)
 
 
+def restarted(sigmas: Tensor, sigma: float, steps: int | None = None) -> Tensor:
+    """A schedule of the same spacing that starts at a level inside this one, [steps + 1] where it ends in 0.
+
+    steps: by default as many fewer as there are levels above sigma. Levels are spaced evenly in the old schedule's own
+    (fractional) index. Raises ValueError for a sigma outside the levels, or no step.
+    """
+    ends = bool(sigmas[-1] == 0)
+    levels = (sigmas[:-1] if ends else sigmas).double()
+    high, low = float(levels[0]), float(levels[-1])
+    if not low * (1 - 1e-9) <= sigma <= high * (1 + 1e-9):
+        raise ValueError(f"sigma: {sigma:.6g} is outside the schedule's levels [{low:.6g}, {high:.6g}]")
+    steps = steps or len(levels) - int((levels > sigma * (1 + 1e-9)).sum()) - (0 if ends else 1)
+    if steps < 1:
+        raise ValueError(f"sigma: {sigma:.6g} leaves {steps} steps of the schedule; at least 1 is needed")
+
+    bent = levels ** (1 / 7)  # in which Karras' grid is straight, and others nearly are
+    above = int((levels >= sigma).sum().clamp(1, max(1, len(levels) - 1))) - 1
+    first = above + (bent[above] - sigma ** (1 / 7)) / (bent[above] - bent[above + 1]) if len(levels) > 1 else 0.0
+    count = steps + (0 if ends else 1)
+    index = torch.linspace(float(first), len(levels) - 1, count, dtype=torch.float64) if count > 1 else bent[:1] * 0
+    below = index.floor().long().clamp(0, max(0, len(levels) - 2))
+    after = (below + 1).clamp(max=len(levels) - 1)
+    rebuilt = torch.lerp(bent[below], bent[after], index - below) ** 7
+    rebuilt[0] = sigma
+    return _ending_in_zero(rebuilt) if ends else rebuilt
+
+
 def _unit(n: int) -> Tensor:
     return torch.linspace(0, 1, n, dtype=torch.float64) if n > 1 else torch.zeros(1, dtype=torch.float64)
 

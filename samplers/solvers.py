@@ -4,7 +4,7 @@ A step is written as an interpolation between the state and the prediction, neve
 sigma = 80 in low precision the derivative form errs by 1.0 where the interpolation errs by 0.04.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Protocol
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from samplers.denoiser import Denoiser
+from samplers.gaussian import Gaussian
 from samplers.noise import SampleNoise, normal_like
 
 Generator = torch.Generator | SampleNoise | None
@@ -111,6 +112,47 @@ def dpmpp_2m(
         yield State(x, sigma_next, denoised, step)
 
 
+def gaussian_exponential(
+    denoiser: Denoiser,
+    x: Tensor,
+    sigmas: Tensor,
+    cond: Any = None,
+    generator: Generator = None,
+    *,
+    gaussian: Gaussian,
+    order: int = 2,
+) -> Iterator[State]:
+    """Exact for a Gaussian, first or second order in what the denoiser adds to it: one evaluation a step.
+
+    With D = D_N + delta every eigendirection obeys d(c / phi) = delta d(eta) (see `Gaussian.exponential`); delta is
+    held constant (order 1), or extrapolated in eta from the step before, by no more than that step's length (order 2).
+    Teleportation is the step with delta = 0, DDIM the one of a Gaussian without variance. The first step is of order 1,
+    a last step to 0 takes the prediction. `functools.partial(gaussian_exponential, gaussian=g)` is a Solver.
+    Raises ValueError for another order.
+    """
+    if order not in (1, 2):
+        raise ValueError(f"order: {order}; accepted are 1 and 2")
+    before: tuple[Tensor, tuple[Tensor, ...]] | None = None
+    for step, (sigma, sigma_next, to_zero) in enumerate(_levels(x, sigmas)):
+        denoised = denoiser(x, sigma, cond)
+        if to_zero:
+            x = denoised
+        else:
+            residual = (denoised - gaussian(x, sigma, cond)).reshape(len(x), -1)
+            phi, eta_next = gaussian.exponential(sigma_next, x)
+            _, eta = gaussian.exponential(sigma, x)
+            h = [b - a for a, b in zip(eta, eta_next, strict=True)]
+            if order == 1 or before is None:
+                moved = gaussian.apply((phi[0] * h[0], phi[1] * h[1], residual))
+            else:
+                half = [0.5 * (now / last).clamp(max=1.0) for now, last in zip(h, before[1], strict=True)]
+                own, rest = ([p * d * k for k in (1 + r, -r)] for p, d, r in zip(phi, h, half, strict=True))
+                moved = gaussian.apply((own[0], rest[0], residual), (own[1], rest[1], before[0]))
+            x = gaussian.transport(x, sigma, sigma_next, cond) + moved.reshape(x.shape)
+            before = residual, tuple(h)
+        yield State(x, sigma_next, denoised, step)
+
+
 SOLVERS: dict[str, Solver] = {"euler": euler, "heun": heun, "ancestral": ancestral, "dpmpp_2m": dpmpp_2m}
 
 
@@ -137,8 +179,11 @@ def sample(
     return x
 
 
-def nfe(solver: Solver, sigmas: Tensor) -> int:
-    """How many times a solver evaluates the denoiser on this schedule, counted on a dry run."""
+def nfe(solver: Solver, sigmas: Tensor, shape: Sequence[int] = ()) -> int:
+    """How many times a solver evaluates the denoiser on this schedule, counted on a dry run.
+
+    shape: of a sample, which a solver that knows its data's Gaussian needs (any will do for the others).
+    """
     calls = 0
 
     def count(x: Tensor, sigma: Tensor, cond: Any = None) -> Tensor:
@@ -146,7 +191,7 @@ def nfe(solver: Solver, sigmas: Tensor) -> int:
         calls += 1
         return x
 
-    x, own = torch.zeros(1, dtype=torch.float64), torch.Generator()  # leaves torch's global generator alone
+    x, own = torch.zeros(1, *shape, dtype=torch.float64), torch.Generator()  # leaves torch's global generator alone
     for _ in solver(count, x, sigmas, generator=own):
         pass
     return calls

@@ -1,0 +1,373 @@
+"""How far down a Gaussian may carry a sample, certified, and a solver that starts there: Gaussian teleportation.
+
+Two laws p, q under the heat flow obey KL(p_sigma || q_sigma) = int_sigma^inf E_p |D_p - D_q|^2 v^-3 dv exactly (de
+Bruijn's identity for relative entropies; Verdu 2010, "Mismatched estimation and relative entropy"), and nothing that
+a sampler does from there on can increase it. So the noise level to jump to is the lowest at which it is small.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from samplers.denoiser import Denoiser
+from samplers.gaussian import Bound, Gaussian, Mode
+from samplers.schedules import karras_sigmas, restarted
+from samplers.solvers import Generator, Solver, State, heun, nfe
+
+RATIO = math.sqrt(2)  # between the noise levels of an integral
+CONFIDENT = 1.645  # standard errors: one-sided 95 %
+
+
+@dataclass(frozen=True)
+class Skip:
+    """A certificate: from sigma_max to sigma_skip a Gaussian stands in for the model, at a cost of kl nats.
+
+    kl, kl_error: KL between the law at sigma_skip of what was integrated (`direction` says which way) and the jump's,
+    and its standard error; kl + 1.645 kl_error is within the tolerance. network_error: of kl, the part (nats) that is
+    the network's own error rather than the data's shape, and its standard error; None without samples. prior_kl: what
+    starting from N(0, sigma_max^2) costs any sampler, jump or not (only `mode="marginal"` repairs it). count: of
+    points. sigmas, kls, errors: the whole curve. steps, skipped, nfe, nfe_after: of the solver and schedule that it was
+    made for; `on` makes it for another.
+    """
+
+    sigma_skip: float
+    sigma_max: float
+    kl: float
+    kl_error: float
+    tolerance: float
+    direction: str
+    network_error: tuple[float, float] | None
+    prior_kl: float
+    count: int
+    sigmas: tuple[float, ...]
+    kls: tuple[float, ...]
+    errors: tuple[float, ...]
+    steps: int = 0
+    skipped: int = 0
+    nfe: int = 0
+    nfe_after: int = 0
+
+    def on(self, solver: Solver, sigmas: Tensor) -> "Skip":
+        """The same certificate for another solver and schedule [steps + 1]."""
+        below = self.grid(sigmas)
+        steps, left = (len(grid) - 1 for grid in (sigmas, below))
+        before, after = (nfe(solver, grid) for grid in (sigmas, below))
+        return replace(self, steps=steps, skipped=steps - left, nfe=before, nfe_after=after)
+
+    def grid(self, sigmas: Tensor) -> Tensor:
+        """A schedule, rebuilt to start at sigma_skip with as many steps fewer as it has levels above."""
+        return restarted(sigmas, self.sigma_skip) if self.sigma_skip < float(sigmas[0]) else sigmas
+
+    def __str__(self) -> str:
+        return (
+            f"skipped {self.skipped} of {self.steps} steps, sigma {self.sigma_max:.3g} -> {self.sigma_skip:.3g}, "
+            f"KL {self.kl:.3f} +- {self.kl_error:.3f} nats, {self.nfe} -> {self.nfe_after} NFE"
+        )
+
+
+@torch.no_grad()
+def choose_sigma_skip(
+    denoiser: Denoiser,
+    gaussian: Gaussian,
+    tolerance: float = 0.05,
+    *,
+    samples: Tensor | None = None,
+    cond: Any = None,
+    count: int = 256,
+    batch: int = 64,
+    sigma_min: float | None = None,
+    sigma_max: float | None = None,
+    solver: Solver = heun,
+    sigmas: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Skip:
+    """The lowest noise level whose KL integral, plus 1.645 standard errors, is within the tolerance (nats).
+
+    samples [N, *shape]: clean data that the Gaussian was not fitted to (the model's own samples will do); the integral
+    is then KL(p || N) under noised data, and is split into the data's shape and the network's error. Without them it is
+    KL(N || p), under the Gaussian's own law, from `count` points. cond: of the samples, a tensor of N rows or one; by
+    default class labels in turns where the Gaussian has classes. sigma_min, sigma_max: by default the denoiser's.
+    solver, sigmas: what the certificate counts steps for; by default Heun on 18 Karras levels. About ten levels, a
+    factor sqrt 2 apart, are evaluated in batches, and no further than needed: `count` x levels evaluations, once.
+
+    Raises ValueError if no level meets the tolerance (with the smallest KL there is), if more than half of the KL is
+    the network's own error, and if the Gaussian is of too few samples for the tolerance (with how many are needed).
+    """
+    if not 0 < tolerance < math.inf:
+        raise ValueError(f"tolerance: {tolerance} nats is not positive and finite")
+    low = sigma_min if sigma_min is not None else getattr(denoiser, "sigma_min", 0.002)
+    high = sigma_max if sigma_max is not None else getattr(denoiser, "sigma_max", 80.0)
+    if not 0 < low < high < math.inf:
+        raise ValueError(f"sigma_min, sigma_max: {low}, {high}; needed is 0 < sigma_min < sigma_max < inf")
+    count = count if samples is None else len(samples)
+    if count < 8:
+        raise ValueError(f"samples, count: {count} points leave no standard error; at least 8 are needed")
+    if cond is None and gaussian.n_classes is not None:
+        cond = torch.arange(count) % gaussian.n_classes
+    integral = _Integral(denoiser, gaussian, samples, cond, count, batch, generator)
+
+    sigma, limit = high, 4 * tolerance
+    while sigma >= low * (1 - 1e-9) and integral.upper() <= limit:
+        integral.extend(sigma)
+        sigma /= RATIO
+    return _certificate(integral, tolerance, high, solver, karras_sigmas(18, low, high) if sigmas is None else sigmas)
+
+
+class _Integral:
+    """The KL integral of every point down to the lowest level so far, in u = 1 / sigma^2: half of int |D - D_N|^2 du.
+
+    Between two levels |D - D_N|^2 / u is taken for linear in u, which is exact where the difference falls as 1 / sigma
+    or 1 / sigma^2; above the first level the difference is taken for constant, more than it is.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        gaussian: Gaussian,
+        samples: Tensor | None,
+        cond: Any,
+        count: int,
+        batch: int,
+        generator: torch.Generator | None,
+    ) -> None:
+        self.denoiser, self.gaussian, self.samples, self.cond, self.batch = denoiser, gaussian, samples, cond, batch
+        like = gaussian.mean if samples is None else samples
+        device = like.device if generator is None else generator.device
+        self.eps = torch.randn((count, *gaussian.shape), generator=generator, device=device, dtype=like.dtype).to(like)
+        self.sigmas: list[float] = []
+        self.squares: list[Tensor] = []  # |D - D_N|^2 [count] at each level
+        self.errors: list[Tensor] = []  # (D - D_N) . (D - x0), of which the mean is the network's error, or nothing
+        self.totals: list[Tensor] = []  # the integral down to each level [count]
+        self.error_totals: list[Tensor] = []
+
+    def extend(self, sigma: float) -> None:
+        """Evaluate the next level."""
+        squares, errors = [], []
+        for part in torch.arange(len(self.eps)).split(self.batch):
+            eps, cond = self.eps[part], _rows(self.cond, part, len(self.eps))
+            if self.samples is None:
+                x = self.gaussian.transport(eps, 1.0, sigma, cond, mode="marginal")
+            else:
+                x = self.samples[part] + sigma * eps
+            level = torch.tensor(sigma, dtype=x.dtype, device=x.device)
+            denoised = self.denoiser(x, level, cond)
+            difference = (denoised - self.gaussian(x, sigma, cond)).flatten(1).double()
+            squares.append(difference.square().sum(1).cpu())
+            if self.samples is not None:
+                errors.append((difference * (denoised - self.samples[part]).flatten(1).double()).sum(1).cpu())
+        square = torch.cat(squares)
+        if not bool(square.isfinite().all()):
+            raise ValueError(f"denoiser: is not finite at sigma {sigma:.4g}")
+        self.sigmas.append(sigma)
+        self.squares.append(square)
+        self.totals.append(self._total(self.squares, self.totals))
+        if errors:
+            self.errors.append(torch.cat(errors))
+            self.error_totals.append(self._total(self.errors, self.error_totals))
+
+    def _total(self, values: list[Tensor], totals: list[Tensor]) -> Tensor:
+        if not totals:
+            return values[0] / (2 * self.sigmas[0] ** 2)
+        return totals[-1] + self.between(values, self.sigmas[-1], len(values) - 1)
+
+    def between(self, values: list[Tensor], sigma: float, k: int) -> Tensor:
+        """Of the interval from level k - 1 down to level k, the part above sigma, [count]."""
+        a, b, u = (s**-2 for s in (self.sigmas[k - 1], self.sigmas[k], sigma))
+        slope = (values[k] / b - values[k - 1] / a) / (b - a)
+        start = values[k - 1] / a - slope * a
+        return start * (u**2 - a**2) / 4 + slope * (u**3 - a**3) / 6
+
+    def upper(self) -> float:
+        """Of the lowest level so far: the mean and 1.645 standard errors."""
+        return _upper(self.totals[-1]) if self.totals else 0.0
+
+
+def _rows(cond: Any, part: Tensor, count: int) -> Any:
+    """The rows of a condition that belong to these points: of tensors with a row for each, or one for all."""
+    if isinstance(cond, dict):
+        return {name: _rows(value, part, count) for name, value in cond.items()}
+    if not isinstance(cond, Tensor) or not cond.ndim:
+        return cond
+    if len(cond) not in (1, count):
+        raise ValueError(f"cond: has {len(cond)} rows; accepted are {count}, one for each point, or 1")
+    return cond[part.to(cond.device)] if len(cond) == count else cond.expand(len(part), *cond.shape[1:])
+
+
+def _upper(values: Tensor) -> float:
+    mean, error = _estimate(values)
+    return mean + CONFIDENT * error
+
+
+def _estimate(values: Tensor) -> tuple[float, float]:
+    """Mean and standard error."""
+    return float(values.mean()), float(values.std() / math.sqrt(len(values)))
+
+
+def _certificate(integral: _Integral, tolerance: float, high: float, solver: Solver, sigmas: Tensor) -> Skip:
+    gaussian, uppers = integral.gaussian, [_upper(total) for total in integral.totals]
+    estimates = [_estimate(total) for total in integral.totals]
+    known = "KL(N || p)" if integral.samples is None else "KL(p || N)"
+    if uppers[0] > tolerance:
+        raise ValueError(
+            f"tolerance: {tolerance:g} nats is met at no noise level, so nothing can be skipped; the smallest {known} "
+            f"is {estimates[0][0]:.3g} +- {estimates[0][1]:.2g} nats, at sigma {integral.sigmas[0]:.4g}"
+            + _too_few(gaussian, integral.sigmas[0], tolerance)
+        )
+    k = next((k for k, value in enumerate(uppers) if value > tolerance), None)
+    sigma, total, error = integral.sigmas[-1], integral.totals[-1], integral.error_totals[-1:]
+    if k is not None:
+        inside, above = integral.sigmas[k], integral.sigmas[k - 1]
+        for _ in range(50):  # bisection in sigma
+            middle = math.sqrt(inside * above)
+            within = _upper(integral.totals[k - 1] + integral.between(integral.squares, middle, k)) <= tolerance
+            inside, above = (inside, middle) if within else (middle, above)
+        sigma = above
+        total = integral.totals[k - 1] + integral.between(integral.squares, sigma, k)
+        error = [integral.error_totals[k - 1] + integral.between(integral.errors, sigma, k)] if error else []
+
+    kl, kl_error = _estimate(total)
+    network = _estimate(error[0]) if error else None
+    if network is not None and network[0] - CONFIDENT * network[1] > kl / 2:
+        raise ValueError(
+            f"denoiser: {network[0]:.3g} +- {network[1]:.2g} of the {kl:.3g} nats down to sigma {sigma:.4g} are its "
+            "own error, not the data's shape; a jump cannot be certified by it (`bound_of` needs no network)"
+        )
+    if gaussian.sampling_kl(sigma) > tolerance:
+        raise ValueError(f"gaussian: cannot be certified to {tolerance:g} nats{_too_few(gaussian, sigma, tolerance)}")
+    skip = Skip(
+        sigma_skip=sigma,
+        sigma_max=high,
+        kl=kl,
+        kl_error=kl_error,
+        tolerance=tolerance,
+        direction=known,
+        network_error=network,
+        prior_kl=_prior_kl(gaussian, high),
+        count=len(total),
+        sigmas=tuple(integral.sigmas),
+        kls=tuple(mean for mean, _ in estimates),
+        errors=tuple(error for _, error in estimates),
+    )
+    return skip.on(solver, sigmas)
+
+
+def _too_few(gaussian: Gaussian, sigma: float, tolerance: float) -> str:
+    if gaussian.sampling_kl(sigma) <= tolerance / 2:
+        return ""
+    needed = gaussian.samples_needed(sigma, tolerance / 2)
+    return f"; it is of {gaussian.count} samples, and about {needed} are needed at sigma {sigma:.4g}"
+
+
+def _prior_kl(gaussian: Gaussian, sigma: float) -> float:
+    """KL(N(mean, S + sigma^2 I) || N(0, sigma^2 I)), averaged over classes."""
+    left = gaussian.dim - gaussian.rank
+    ratio = torch.cat([gaussian.variances.cpu(), torch.tensor([gaussian.rest] if left else []).double()]) / sigma**2
+    times = torch.ones_like(ratio)
+    times[gaussian.rank :] = left
+    means = gaussian.mean.reshape(-1, gaussian.dim).double().square().sum(1).mean()
+    return float((0.5 * times * (ratio - ratio.log1p())).sum() + means / (2 * sigma**2))
+
+
+def teleported(
+    solver: Solver, gaussian: Gaussian, skip: Skip | float, *, mode: Mode = "ode", landing: float | None = 0.5
+) -> Solver:
+    """A solver that jumps to sigma_skip in closed form, for no evaluation, and goes on with `solver` from there.
+
+    The schedule that it is given is rebuilt to start at sigma_skip, with as many steps fewer as it has levels above;
+    one that starts at or below sigma_skip is left as it is. skip: a certificate, or a noise level.
+    landing: p > -1 corrects the landing by the first evaluation, for none more: a difference D - D_N that has grown as
+    sigma^-p on the way has moved the state by phi eta / (p + 1) times itself (see `Gaussian.exponential`). On exact
+    mixtures p of 0.5 to 1 is best, on a trained network, whose own error does not fall with sigma, 0. None: as it is.
+    Raises ValueError for a level that is not positive, or p <= -1.
+    """
+    sigma_skip = skip.sigma_skip if isinstance(skip, Skip) else float(skip)
+    if not 0 < sigma_skip < math.inf or not (landing is None or -1 < landing < math.inf):
+        raise ValueError(f"skip, landing: {sigma_skip}, {landing}; needed are a positive level and a power above -1")
+
+    def solve(
+        denoiser: Denoiser, x: Tensor, sigmas: Tensor, cond: Any = None, generator: Generator = None
+    ) -> Iterator[State]:
+        if not sigma_skip < float(sigmas[0]):
+            yield from solver(denoiser, x, sigmas, cond, generator)
+            return
+        start, below = sigmas[0], restarted(sigmas, sigma_skip).to(sigmas)
+        denoised = gaussian(x, start, cond)
+        x = gaussian.transport(x, start, below[0], cond, mode=mode)
+        yield State(x, below[0], denoised, 0)
+        if landing is not None:
+            denoiser, x = _corrected(denoiser, gaussian, x, start, below[0], landing, cond)
+        for state in solver(denoiser, x, below, cond, generator):
+            yield replace(state, step=state.step + 1)
+
+    return solve
+
+
+def _corrected(
+    denoiser: Denoiser, gaussian: Gaussian, x: Tensor, start: Tensor, sigma: Tensor, power: float, cond: Any
+) -> tuple[Denoiser, Tensor]:
+    """The landing, corrected by one evaluation, and a denoiser whose first answer is that evaluation, moved along.
+
+    int delta d(eta) from eta_a to eta_b for delta = delta_b (eta / eta_b)^p; what is moved is moved by D_N, delta kept.
+    """
+    residual = (denoiser(x, sigma.to(x), cond) - gaussian(x, sigma, cond)).reshape(len(x), -1)
+    phi, eta = gaussian.exponential(sigma, x)
+    _, eta_start = gaussian.exponential(start, x)
+    gains = [p * (b - a * (a / b) ** power) / (power + 1) for p, a, b in zip(phi, eta_start, eta, strict=True)]
+    landed = x + gaussian.apply((gains[0], gains[1], residual)).reshape(x.shape)
+    answers = [residual.reshape(x.shape) + gaussian(landed, sigma, cond)]
+
+    def after(x: Tensor, sigma: Tensor, cond: Any = None) -> Tensor:
+        return answers.pop() if answers else denoiser(x, sigma, cond)
+
+    return after, landed
+
+
+@torch.no_grad()
+def bound_of(samples: Tensor, gaussian: Gaussian, labels: Tensor | None = None, sigmas: Tensor | None = None) -> Bound:
+    """What a jump costs at most, from data alone: ln(1 + chi^2) of the noised samples against the Gaussian.
+
+    1 + chi^2 = E K(x, x') over independent pairs, with Mehler's kernel K in the Gaussian's own coordinates, by a
+    U-statistic over samples [N, *shape] (all pairs, so N^2 d operations a level); KL <= ln(1 + chi^2). Two standard
+    errors and the cost of the Gaussian's own finite sample, twice (the samples may be those that it was fitted to), are
+    on top. Infinite from where chi^2 is above 1: there the average is no longer one. 1 / (1 + chi^2) is the share of
+    effective samples of importance weights at that level. sigmas: falling; by default four to an octave.
+    """
+    if len(samples) < 8:
+        raise ValueError(f"samples: {len(samples)} are too few for pairs; at least 8 are needed")
+    x = samples.to("cpu", torch.float64)
+    z = x.reshape(len(x), -1) - gaussian.mean_of(x, labels)
+    c = z @ gaussian.components.double().cpu().mT
+    across = (z @ z.mT) - (c @ c.mT)  # inner products of what lies outside the components
+    scale = float(z.square().mean().sqrt())
+    if sigmas is None:
+        sigmas = 64.0 * scale * 2 ** (-torch.arange(40, dtype=torch.float64) / 4)
+    costs = []
+    for sigma in sigmas.tolist():
+        costs.append(math.inf if costs and math.isinf(costs[-1]) else _chi_square_bound(c, across, gaussian, sigma))
+    return Bound(tuple(sigmas.tolist()), tuple(costs))
+
+
+def _chi_square_bound(c: Tensor, across: Tensor, gaussian: Gaussian, sigma: float) -> float:
+    """ln(1 + chi^2 + two standard errors) + twice the sampling cost, in nats; infinity where chi^2 is above 1."""
+    variances, n, left = gaussian.variances.cpu(), len(c), gaussian.dim - gaussian.rank
+    rho = variances / (variances + sigma**2)
+    weight = 1 / (variances + sigma**2) / (1 - rho**2)
+    exponent = (c * weight) @ c.mT  # sum rho w w' / (1 - rho^2), with w = c / sqrt(variance)
+    single = (c.square() * weight * rho).sum(1)
+    constant = -0.5 * float((-(rho**2)).log1p().sum())
+    if left and gaussian.rest:
+        r = gaussian.rest / (gaussian.rest + sigma**2)
+        w = 1 / (gaussian.rest + sigma**2) / (1 - r**2)
+        exponent = exponent + w * across
+        single = single + w * r * across.diagonal().clamp_min(0)
+        constant -= 0.5 * left * math.log1p(-(r**2))
+    kernel = (constant + exponent - 0.5 * (single[:, None] + single)).exp()
+    kernel.fill_diagonal_(0)
+    rows = kernel.sum(1) / (n - 1)
+    chi2, error = float(rows.mean()) - 1, 2 * float(rows.std()) / math.sqrt(n)
+    upper = chi2 + 2 * error
+    return math.log1p(max(0.0, upper)) + 2 * gaussian.sampling_kl(sigma) if upper < 1 else math.inf
