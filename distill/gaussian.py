@@ -26,10 +26,10 @@ from distill.progress import Progress
 from distill.run import LIBRARIES
 from distill.sections import Data
 from samplers import SampleNoise
+from samplers.bound import bound_of
 from samplers.gaussian import Gaussian
 from samplers.moments import Moments
 from samplers.pipelines import vae_facts
-from samplers.teleport import bound_of
 
 KEPT, KEPT_NUMBERS = 2048, 2**26  # samples that a jump's cost is judged by, and the numbers in them, at most
 Source = data.Images | data.ImageFiles

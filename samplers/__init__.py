@@ -2,22 +2,41 @@
 
 denoiser   what everything here consumes: D(x, sigma) = E[x0 | x]; score, classifier-free guidance
 schedules  noise levels to step through: 1-D tensors that fall to 0
-solvers    euler, heun, ancestral, dpmpp_2m: generators of State; sample drains one
+solvers    euler, heun, ancestral, dpmpp_2m, gaussian_exponential: generators of State; sample drains one
+gaussian   Gaussian: denoiser and probability-flow ODE in closed form; moments fits it to a stream of data
+teleport   how far down a Gaussian may carry a sample, certified (bound: from data alone); a solver from there
+pipelines  the same in any diffusers pipeline
 mixture    GaussianMixture: exact denoiser and log-density at every noise level
 adapters   a diffusers model and its scheduler -> a denoiser
 noise      random numbers that belong to a sample, whatever its batch or process
 """
 
 from samplers.adapters import NetworkDenoiser, denoiser_from
+from samplers.bound import bound_of
 from samplers.denoiser import Denoiser, Guided, score
+from samplers.gaussian import Gaussian
 from samplers.mixture import GaussianMixture
 from samplers.noise import SampleNoise, normal_like
+from samplers.pipelines import teleport
 from samplers.schedules import exponential_sigmas, flow_sigmas, karras_sigmas
-from samplers.solvers import SOLVERS, Solver, State, ancestral, dpmpp_2m, euler, heun, nfe, sample
+from samplers.solvers import (
+    SOLVERS,
+    Solver,
+    State,
+    ancestral,
+    dpmpp_2m,
+    euler,
+    gaussian_exponential,
+    heun,
+    nfe,
+    sample,
+)
+from samplers.teleport import choose_sigma_skip, teleported
 
 __all__ = [
     "SOLVERS",
     "Denoiser",
+    "Gaussian",
     "GaussianMixture",
     "Guided",
     "NetworkDenoiser",
@@ -25,15 +44,20 @@ __all__ = [
     "Solver",
     "State",
     "ancestral",
+    "bound_of",
+    "choose_sigma_skip",
     "denoiser_from",
     "dpmpp_2m",
     "euler",
     "exponential_sigmas",
     "flow_sigmas",
+    "gaussian_exponential",
     "heun",
     "karras_sigmas",
     "nfe",
     "normal_like",
     "sample",
     "score",
+    "teleport",
+    "teleported",
 ]

@@ -9,7 +9,6 @@ import copy
 import json
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -19,6 +18,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from samplers.atomic import atomic_write
+from samplers.bound import Bound
 from samplers.denoiser import expand
 
 Mode = Literal["ode", "marginal"]
@@ -32,39 +32,6 @@ PATHS: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
     "vp": lambda sigma: ((1 + sigma**2).rsqrt(), (1 + sigma**-2).rsqrt()),
     "flow": lambda sigma: (1 / (1 + sigma), 1 / (1 + 1 / sigma)),
 }
-
-
-@dataclass(frozen=True)
-class Bound:
-    """How many nats a jump costs at most: kl [L] at the noise levels sigma [L], which fall. Infinite where unknown."""
-
-    sigma: tuple[float, ...]
-    kl: tuple[float, ...]
-
-    def at(self, sigma: float) -> float:
-        """The bound at the highest level that does not lie above sigma; infinite below the lowest one."""
-        return next(
-            (kl for level, kl in zip(self.sigma, self.kl, strict=True) if level <= sigma * (1 + 1e-9)), math.inf
-        )
-
-    def sigma_skip(self, tolerance: float) -> float:
-        """The lowest level down to which every bound is within the tolerance, in nats.
-
-        Raises ValueError, with the smallest bound there is, if the highest level already costs more.
-        """
-        if not tolerance > 0:
-            raise ValueError(f"tolerance: {tolerance} nats is not positive")
-        lowest = None
-        for sigma, kl in zip(self.sigma, self.kl, strict=True):
-            if not kl <= tolerance:
-                break
-            lowest = sigma
-        if lowest is None:
-            raise ValueError(
-                f"tolerance: {tolerance:g} nats is met at no noise level; the smallest bound is "
-                f"{min(self.kl):.3g} nats, at sigma {self.sigma[self.kl.index(min(self.kl))]:.4g}"
-            )
-        return lowest
 
 
 class Gaussian:

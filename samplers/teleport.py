@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from samplers.denoiser import Denoiser
-from samplers.gaussian import Bound, Gaussian, Mode
+from samplers.gaussian import Gaussian, Mode
 from samplers.schedules import karras_sigmas, restarted
 from samplers.solvers import Generator, Solver, State, heun, nfe
 
@@ -324,50 +324,3 @@ def _corrected(
         return answers.pop() if answers else denoiser(x, sigma, cond)
 
     return after, landed
-
-
-@torch.no_grad()
-def bound_of(samples: Tensor, gaussian: Gaussian, labels: Tensor | None = None, sigmas: Tensor | None = None) -> Bound:
-    """What a jump costs at most, from data alone: ln(1 + chi^2) of the noised samples against the Gaussian.
-
-    1 + chi^2 = E K(x, x') over independent pairs, with Mehler's kernel K in the Gaussian's own coordinates, by a
-    U-statistic over samples [N, *shape] (all pairs, so N^2 d operations a level); KL <= ln(1 + chi^2). Two standard
-    errors and the cost of the Gaussian's own finite sample, twice (the samples may be those that it was fitted to), are
-    on top. Infinite from where chi^2 is above 1: there the average is no longer one. 1 / (1 + chi^2) is the share of
-    effective samples of importance weights at that level. sigmas: falling; by default four to an octave.
-    """
-    if len(samples) < 8:
-        raise ValueError(f"samples: {len(samples)} are too few for pairs; at least 8 are needed")
-    x = samples.to("cpu", torch.float64)
-    z = x.reshape(len(x), -1) - gaussian.mean_of(x, labels)
-    c = z @ gaussian.components.double().cpu().mT
-    across = (z @ z.mT) - (c @ c.mT)  # inner products of what lies outside the components
-    scale = float(z.square().mean().sqrt())
-    if sigmas is None:
-        sigmas = 64.0 * scale * 2 ** (-torch.arange(40, dtype=torch.float64) / 4)
-    costs = []
-    for sigma in sigmas.tolist():
-        costs.append(math.inf if costs and math.isinf(costs[-1]) else _chi_square_bound(c, across, gaussian, sigma))
-    return Bound(tuple(sigmas.tolist()), tuple(costs))
-
-
-def _chi_square_bound(c: Tensor, across: Tensor, gaussian: Gaussian, sigma: float) -> float:
-    """ln(1 + chi^2 + two standard errors) + twice the sampling cost, in nats; infinity where chi^2 is above 1."""
-    variances, n, left = gaussian.variances.cpu(), len(c), gaussian.dim - gaussian.rank
-    rho = variances / (variances + sigma**2)
-    weight = 1 / (variances + sigma**2) / (1 - rho**2)
-    exponent = (c * weight) @ c.mT  # sum rho w w' / (1 - rho^2), with w = c / sqrt(variance)
-    single = (c.square() * weight * rho).sum(1)
-    constant = -0.5 * float((-(rho**2)).log1p().sum())
-    if left and gaussian.rest:
-        r = gaussian.rest / (gaussian.rest + sigma**2)
-        w = 1 / (gaussian.rest + sigma**2) / (1 - r**2)
-        exponent = exponent + w * across
-        single = single + w * r * across.diagonal().clamp_min(0)
-        constant -= 0.5 * left * math.log1p(-(r**2))
-    kernel = (constant + exponent - 0.5 * (single[:, None] + single)).exp()
-    kernel.fill_diagonal_(0)
-    rows = kernel.sum(1) / (n - 1)
-    chi2, error = float(rows.mean()) - 1, 2 * float(rows.std()) / math.sqrt(n)
-    upper = chi2 + 2 * error
-    return math.log1p(max(0.0, upper)) + 2 * gaussian.sampling_kl(sigma) if upper < 1 else math.inf
