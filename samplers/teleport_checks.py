@@ -1,0 +1,147 @@
+"""Which diffusers pipelines a Gaussian can be put into, and why not: every refusal, before anything is changed."""
+
+import hashlib
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from samplers.gaussian import Gaussian
+from samplers.teleport_scheduler import path_of
+
+
+class Family(NamedTuple):
+    """What a kind of pipeline has: its network, what it samples under, the paths that its loop is right for.
+
+    packed: its latents are tokens [B, (h/2) (w/2), 4 C].
+    """
+
+    network: str
+    conditions: str | None
+    paths: tuple[str, ...]
+    packed: bool = False
+
+
+# DDPM, DDIM and DiT neither scale the first noise nor keep the state unscaled, as ve needs; SD3 and Flux scale nothing.
+PIPELINES = {
+    "DDIMPipeline": Family("unet", None, ("vp", "flow")),
+    "DDPMPipeline": Family("unet", None, ("vp", "flow")),
+    "DiTPipeline": Family("transformer", "classes", ("vp", "flow")),
+    "FluxPipeline": Family("transformer", "prompts", ("flow",), packed=True),
+    "PixArtAlphaPipeline": Family("transformer", "prompts", ("ve", "vp", "flow")),
+    "PixArtSigmaPipeline": Family("transformer", "prompts", ("ve", "vp", "flow")),
+    "StableDiffusion3Pipeline": Family("transformer", "prompts", ("flow",)),
+    "StableDiffusionPipeline": Family("unet", "prompts", ("ve", "vp", "flow")),
+    "StableDiffusionXLPipeline": Family("unet", "prompts", ("ve", "vp", "flow")),
+}
+_FROM_PICTURES = ("Img2Img", "Inpaint", "Depth2Img", "Pix2Pix", "Upscale", "Variation", "Kontext")
+
+
+def vae_facts(vae: Any) -> dict[str, Any]:
+    """What tells one VAE's latents from another's: class, scaling_factor, shift_factor, SHA-256 of the weights.
+
+    The hash is over the names and the bytes of the state dict in the order of names, so a copy in half precision, whose
+    latents are (slightly) other ones, has another.
+    """
+    digest = hashlib.sha256()
+    for name, value in sorted(vae.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return {
+        "class": type(vae).__name__,
+        "sha256": digest.hexdigest(),
+        "scaling_factor": vae.config.get("scaling_factor"),
+        "shift_factor": vae.config.get("shift_factor"),
+    }
+
+
+def family_of(pipe: Any) -> Family:
+    """What is known of a pipeline's kind. Raises ValueError, naming it, for one that is not supported."""
+    kind = type(pipe).__name__
+    if any(word in kind for word in _FROM_PICTURES):
+        raise ValueError(f"pipe: {kind} starts from a picture; a jump replaces the first steps from pure noise")
+    for cls in type(pipe).__mro__:
+        if cls.__name__ in PIPELINES:
+            return PIPELINES[cls.__name__]
+    raise ValueError(f"pipe: {kind} is not supported; supported are {', '.join(PIPELINES)}")
+
+
+def check_unattached(pipe: Any, family: Family, hook: str) -> None:
+    """Raise ValueError if the pipeline's scheduler or network already jumps, for this pipeline or another."""
+    network = getattr(pipe, family.network)
+    registry = getattr(network, "_diffusers_hook", None)
+    if getattr(type(pipe.scheduler), "_jumps", False) or (registry is not None and registry.get_hook(hook) is not None):
+        raise ValueError(f"pipe: {type(pipe).__name__} is already attached; accepted is one teleport at a time")
+
+
+def check_scheduler(pipe: Any, family: Family) -> None:
+    """Raise ValueError for a scheduler that is not supported, or not in this pipeline."""
+    path, scheduler, kind = path_of(pipe.scheduler), type(pipe.scheduler).__name__, type(pipe).__name__
+    if path not in family.paths:
+        raise ValueError(
+            f"scheduler: {scheduler} has states on the path {path!r}, which {kind} does not sample; it does "
+            f"{' and '.join(family.paths)}"
+        )
+
+
+def check_gaussian(pipe: Any, family: Family, gaussian: Gaussian) -> None:
+    """Raise ValueError for a Gaussian of another shape, other classes, another range or VAE than the pipeline's."""
+    kind, network = type(pipe).__name__, getattr(pipe, family.network)
+    theirs = list(latent_shape(network, family))
+    ours = list(gaussian.shape) if not family.packed else list(gaussian.shape[:1])
+    if ours != theirs or len(gaussian.shape) != 3:
+        of = "channels" if family.packed else "shape"
+        raise ValueError(f"gaussian: has {of} {ours}; those of {kind}'s samples are {theirs}")
+
+    classes = network.config.get("num_embeds_ada_norm") if family.conditions == "classes" else None
+    if gaussian.n_classes is not None and gaussian.n_classes != classes:
+        has = "no class labels" if classes is None else f"{classes} classes"
+        raise ValueError(f"gaussian: has {gaussian.n_classes} classes; {kind} has {has}")
+
+    facts, vae = gaussian.facts, getattr(pipe, "vae", None)
+    if vae is None:
+        if facts.get("vae") is not None:
+            raise ValueError(f"gaussian: was fitted to latents (facts['vae']); {kind} samples pixels")
+        if facts.get("range") is not None and [float(v) for v in facts["range"]] != [-1.0, 1.0]:
+            raise ValueError(
+                f"gaussian: was fitted to pixels in {list(facts['range'])}; those of {kind} are in [-1, 1]"
+            )
+        return
+    if facts.get("vae") is None:
+        raise ValueError(f"gaussian: was fitted to pixels (facts['vae'] is None); {kind} samples latents of its VAE")
+    actual = vae_facts(vae)
+    for name in ("sha256", "scaling_factor", "shift_factor"):
+        if facts["vae"].get(name) != actual[name]:
+            raise ValueError(
+                f"gaussian: was fitted to latents of a VAE with {name} {facts['vae'].get(name)}; that of {kind} has "
+                f"{actual[name]}"
+            )
+
+
+def latent_shape(network: Any, family: Family) -> tuple[int, ...]:
+    """The shape of a sample, [C, h, w]; of packed ones, whose size is the call's, [C]."""
+    config = network.config
+    if family.packed:
+        return (config.in_channels // 4,)
+    size = config.sample_size
+    return (config.in_channels, *((size, size) if isinstance(size, int) else size))
+
+
+def conditional_labels(labels: Tensor, x: Tensor, null: int) -> tuple[Tensor, bool]:
+    """The class of every row, [B], and whether the batch is guided: its second half the first, under the null label."""
+    half = len(labels) // 2
+    guided = (
+        len(labels) == 2 * half > 0
+        and bool((labels[half:] == null).all())
+        and not bool((labels[:half] == null).any())
+        and torch.equal(x[:half], x[half:])
+    )
+    return (torch.cat([labels[:half]] * 2) if guided else labels), guided
+
+
+def check_sigma_skip(sigma_skip: float) -> float:
+    """sigma_skip as it is. Raises ValueError for one that is not a positive number."""
+    if isinstance(sigma_skip, bool) or not isinstance(sigma_skip, int | float) or not 0 < sigma_skip <= math.inf:
+        raise ValueError(f"sigma_skip: {sigma_skip!r}; accepted are a positive number, a certificate and None")
+    return float(sigma_skip)
