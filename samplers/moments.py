@@ -26,8 +26,8 @@ class Moments:
     """Streaming moments of samples [B, *shape], with class labels [B] if n_classes is given; can be merged.
 
     rank: how many directions may be asked for above 4,096 dimensions (default 256); a quarter more are kept. Memory
-    there: 1.25 rank + block rows of d numbers, once, and 1.25 rank more of them twice when the Gaussian is made. Means
-    are in float64, products in the samples' dtype, float32 at least. `method` names the way: "full" or "incremental".
+    there: 1.25 rank + block rows of d numbers, and four times 1.25 rank while the Gaussian is made. Means are in
+    float64, products in the samples' dtype, float32 at least. `method` names the way: "full" or "incremental".
     Raises ValueError for shapes, ranks or labels that do not fit.
     """
 
@@ -227,10 +227,13 @@ class Moments:
 
     def _buffer(self, dtype: torch.dtype) -> Tensor:
         """Where rows are kept and wait, at least of this dtype."""
-        if self._rows is None:
-            kept = self.capacity if self.method == "incremental" else 0
-            self._rows = torch.empty((kept + self.block, self.dim), dtype=dtype)
-            self._labels = torch.zeros(len(self._rows), dtype=torch.int64)
+        size = self.block + (self.capacity if self.method == "incremental" else 0)
+        if self._rows is None or len(self._rows) < size:
+            kept, self._rows = self._rows, torch.empty((size, self.dim), dtype=dtype)
+            self._labels = torch.zeros(size, dtype=torch.int64)
+            if kept is not None:
+                self._rows = self._rows.to(torch.promote_types(kept.dtype, dtype))
+                self._rows[: self._kept] = kept[: self._kept]
         self._rows = self._rows.to(torch.promote_types(self._rows.dtype, dtype))
         return self._rows
 
@@ -286,8 +289,9 @@ class Moments:
             scatter = torch.zeros(0, 0, dtype=torch.float64)
             basis = torch.zeros(self.dim, 0)
         else:
+            self._rows = self._rows[: self._kept].clone()  # room for what follows: no row waits
             # Not by the Gram matrix: divided by small singular values, its vectors would not be orthogonal.
-            basis, upper = torch.linalg.qr(self._rows[: self._kept].mT)
+            basis, upper = torch.linalg.qr(self._rows.mT)
             scatter = upper.double() @ upper.double().mT
         assert scatter is not None
         values, vectors = torch.linalg.eigh(scatter / freedom)

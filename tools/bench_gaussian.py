@@ -3,9 +3,11 @@
 The samples are images with an amplitude of 1 / f, correlated colours and a contrast that falls from the middle, so that
 no fixed basis is right. Seconds are the processor's, on one thread. Every fit has a process of its own; its peak is the
 kernel's: the most resident memory in its life (VmHWM, Linux), less what was resident before its first sample, when the
-same code had run once on small samples. Batches of 64 and the work of making them are inside that peak.
+same code had run once on small samples. Freed blocks above 1 MiB go back at once (mallopt), so that it is what was
+alive. Batches of 64 and the work of making them are in it.
 """
 
+import ctypes
 import multiprocessing
 import statistics
 import time
@@ -200,8 +202,13 @@ def _memory(field: str) -> int:
 
 def _alone(work: Callable[..., Cost], *arguments: Any) -> Cost:
     """In a process of its own, so that nothing was resident before."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _give_back) as pool:
         return pool.submit(work, *arguments).result()
+
+
+def _give_back() -> None:
+    """Without this glibc may keep up to 64 MiB of what was freed: its thresholds grow with the blocks that it sees."""
+    ctypes.CDLL(None).mallopt(-3, 2**20)  # M_MMAP_THRESHOLD
 
 
 @contextmanager

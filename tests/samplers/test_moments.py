@@ -216,6 +216,19 @@ def test_a_state_goes_on_where_it_was(method, classes) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_a_gaussian_made_on_the_way_changes_nothing(method) -> None:
+    x, looked, folded = data(300), *(Moments((D,), rank=6, block=32, method=method) for _ in range(2))
+    for moments, look in ((looked, looked.gaussian), (folded, folded.state)):
+        moments.update(x[:150].float())
+        look()
+        moments.update(x[150:200].float())
+        look()
+        moments.update(x[200:])
+    a, b = looked.state(), folded.state()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_moments_without_samples_change_nothing_when_merged(method) -> None:
     x, labels = data(), labels_of(500)
     moments, empty = (Moments((D,), 3, rank=D, method=method) for _ in range(2))
