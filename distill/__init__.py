@@ -16,6 +16,7 @@ nodes        a path on disk: nodes, manifest              mismatch      a score'
 noise        samples of a process, noise levels           optim         one network's update
 checkpoint   resumable, safetensors (atomic: files)       export        students as diffusers folders (card: cards)
 generate     images from a folder                         pictures      grids and curves
+gaussian     a Gaussian of data or latents, streaming     latents       a pipeline's VAE, inverted
 """
 
 import importlib

@@ -4,6 +4,7 @@ Chunk c of the images belongs to process c modulo their number; moments are merg
 samples that a jump's cost is judged by are chosen by the seed before the first image is read.
 """
 
+import math
 import os
 import platform
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from distill import data
 from distill.config import FitGaussian
-from distill.generate import _device
+from distill.generate import usable_device
 from distill.latents import Encoder, read_encoder
 from distill.noise import JUDGED, LATENTS
 from distill.progress import Progress
@@ -43,7 +44,7 @@ def fit_gaussian(config: FitGaussian) -> Gaussian | None:
     read), an image that cannot be read, a latent that is not finite, and fewer samples than a covariance needs.
     """
     accelerator = Accelerator()
-    device = accelerator.device if config.device is None else _device(config.device)
+    device = accelerator.device if config.device is None else usable_device(config.device)
     source = _source(config)
     encoder = None if config.pipeline is None else read_encoder(config.pipeline, device)
     fit = Fit(config, source, encoder)
@@ -143,6 +144,7 @@ def _finish(
     for state, _ in parts[1:]:
         merged.merge(Moments.from_state(state))
     gaussian = merged.gaussian(config.rank, config.tolerance, facts)
+    _check_count(gaussian, config.tolerance)
     kept = sorted((number, *sample) for _, own in parts for number, sample in own.items())
     samples = torch.stack([x for _, x, _ in kept])
     labels = torch.tensor([label for _, _, label in kept]) if config.classes else None
@@ -150,6 +152,22 @@ def _finish(
     Path(config.out).parent.mkdir(parents=True, exist_ok=True)
     gaussian.save(config.out)
     return gaussian
+
+
+def _check_count(gaussian: Gaussian, tolerance: float) -> None:
+    """Raise ValueError, with how many would do, for samples too few for a jump from any usual start.
+
+    That is where half the tolerance goes into their number at sixteen standard deviations of the data: Stable
+    Diffusion's sigma_max is 15, EDM's is 160.
+    """
+    total = float(gaussian.variances.sum()) + (gaussian.dim - gaussian.rank) * gaussian.rest
+    sigma = 16 * math.sqrt(total / gaussian.dim)
+    if sigma and gaussian.sampling_kl(sigma) > tolerance / 2:
+        needed = gaussian.samples_needed(sigma, tolerance / 2)
+        raise ValueError(
+            f"data: {gaussian.count} samples are too few for a Gaussian of {gaussian.dim} dimensions; about {needed} "
+            f"are needed for a jump to sigma {sigma:.3g} within {tolerance:g} nats"
+        )
 
 
 def _together(work: Callable[[Any], T], given: Any, accelerator: Accelerator, only_first: bool = False) -> T | None:

@@ -61,7 +61,7 @@ def load_generator(
         raise ValueError(f"sampler: {sampler!r}; accepted are {', '.join(SOLVERS)}")
     if not 0 <= guidance < float("inf"):
         raise ValueError(f"guidance: {guidance}; accepted are finite scales from 0")
-    where = _device(device)
+    where = usable_device(device)
     if _is_student_run(Path(path)):
         network, scheduler, facts, config = load_student_network(Path(path))
         denoiser = denoiser_from(network, scheduler).to(where)
@@ -94,7 +94,7 @@ def _is_student_run(path: Path) -> bool:
     return bool(read_record(path).get("command") == "train")
 
 
-def _device(name: str) -> torch.device:
+def usable_device(name: str) -> torch.device:
     """A device that exists; ValueError for any other name."""
     try:
         return torch.empty(0, device=name).device

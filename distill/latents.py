@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill.teacher import _quiet, pipeline_folder
+from distill.teacher import pipeline_folder, quiet
 from samplers import SampleNoise
 
 _UNSHIFTED = ("StableDiffusion", "DiT", "PixArt")  # the pipelines of these names decode without a shift ...
@@ -65,7 +65,7 @@ def read_encoder(path: str | Path, device: torch.device | str = "cpu") -> Encode
     from diffusers import AutoencoderKL
 
     try:
-        with _quiet():
+        with quiet():
             vae, loaded = AutoencoderKL.from_pretrained(
                 part,
                 use_safetensors=True,

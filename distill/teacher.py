@@ -125,7 +125,7 @@ def read_facts(folder: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """What diffusers would log about a folder is told in our one line instead."""
     from diffusers.utils import logging
 
@@ -157,7 +157,7 @@ def read_pipeline(folder: Path) -> tuple[Any, Any]:
 
     part = folder / "scheduler"
     try:
-        with _quiet():
+        with quiet():
             scheduler = getattr(diffusers, scheduler_class).from_pretrained(part, local_files_only=True)
             part = folder / "unet"
             network, loaded = getattr(diffusers, network_class).from_pretrained(

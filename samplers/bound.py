@@ -63,11 +63,14 @@ def bound_of(
     """
     if len(samples) < 8:
         raise ValueError(f"samples: {len(samples)} are too few for pairs; at least 8 are needed")
-    x = samples.to("cpu", torch.float64)
-    z = x.reshape(len(x), -1) - gaussian.mean_of(x, labels)
-    c = z @ gaussian.components.double().cpu().mT
-    across = (z @ z.mT) - (c @ c.mT)  # inner products of what lies outside the components
-    scale = float(z.square().mean().sqrt())
+    z = (samples.reshape(len(samples), *gaussian.shape).flatten(1) - gaussian.mean_of(samples, labels)).cpu()
+    c = torch.zeros(len(z), gaussian.rank, dtype=torch.float64)
+    across = torch.zeros(len(z), len(z), dtype=torch.float64)  # inner products of what lies outside the components
+    for part, components in zip(z.split(4096, 1), gaussian.components.cpu().split(4096, 1), strict=True):
+        c += part.double() @ components.double().mT
+        across += part.double() @ part.double().mT
+    scale = float((across.diagonal().mean() / z.shape[1]).sqrt())
+    across -= c @ c.mT
     if sigmas is None:
         sigmas = 64.0 * scale * 2 ** (-torch.arange(40, dtype=torch.float64) / 4)
     costs: list[float] = []
