@@ -49,6 +49,33 @@ class Bound:
         return lowest
 
 
+class Reservoir:
+    """Up to 1,024 of a stream's samples, all equally likely; no more than 2^26 numbers.
+
+    samples [N, ...], and their labels [N], all 0 where none were given.
+    """
+
+    def __init__(self) -> None:
+        self._generator, self._keys = torch.Generator().manual_seed(0), torch.zeros(0)
+        self.samples, self.labels = torch.zeros(0), torch.zeros(0, dtype=torch.int64)
+
+    def update(self, x: Tensor, labels: Tensor | None = None) -> None:
+        """See samples [B, ...], with labels [B] or without."""
+        if not len(x):
+            return
+        keys = torch.rand(len(x), generator=self._generator)
+        labels = torch.zeros(len(x), dtype=torch.int64) if labels is None else labels.cpu()
+        if not len(self._keys):
+            self.samples = x[:0].detach().cpu()
+        capacity = max(8, min(1024, 2**26 // max(1, x[0].numel())))
+        every = torch.cat([self._keys, keys])
+        chosen = every.topk(min(capacity, len(every)), largest=False, sorted=False).indices.sort().values
+        old, new = chosen[chosen < len(self._keys)], chosen[chosen >= len(self._keys)] - len(self._keys)
+        self.samples = torch.cat([self.samples[old], x.detach()[new.to(x.device)].cpu()])
+        self.labels = torch.cat([self.labels[old], labels[new]])
+        self._keys = every[chosen]
+
+
 @torch.no_grad()
 def bound_of(
     samples: Tensor, gaussian: "Gaussian", labels: Tensor | None = None, sigmas: Tensor | None = None

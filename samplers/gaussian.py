@@ -18,7 +18,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from samplers.atomic import atomic_write
-from samplers.bound import Bound
+from samplers.bound import Bound, Reservoir, bound_of
 from samplers.denoiser import expand
 
 Mode = Literal["ode", "marginal"]
@@ -215,19 +215,24 @@ class Gaussian:
     ) -> "Gaussian":
         """The Gaussian of a stream of batches [B, *shape], or of pairs of them with class labels [B].
 
-        See `samplers.moments.Moments`, which can also be merged across processes, for rank, tolerance and errors.
+        n_classes: with labels, class means and a pooled covariance. rank, tolerance, errors: see
+        `samplers.moments.Moments`, which can also be merged across processes. The bound is of 1,024 of the samples,
+        fewer above 65,536 dimensions, chosen at random (always the same ones).
         """
         from samplers.moments import Moments
 
         moments: Moments | None = None
+        kept = Reservoir()
         for batch in batches:
             x, labels = batch if isinstance(batch, tuple | list) else (batch, None)
             if moments is None:
                 moments = Moments(x.shape[1:], n_classes, rank=rank)
             moments.update(x, labels)
+            kept.update(x, labels)
         if moments is None:
             raise ValueError("batches: there are none")
-        return moments.gaussian(rank, tolerance, facts)
+        gaussian = moments.gaussian(rank, tolerance, facts)
+        return gaussian.with_bound(bound_of(kept.samples, gaussian, kept.labels) if moments.count >= 8 else None)
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, whole or not at all; its metadata says what the Gaussian is of."""
