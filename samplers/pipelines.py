@@ -125,7 +125,7 @@ class Teleport:
         if self._jump is None or self._jump.grid is None:
             return None
         grid, nfe = self._jump.grid, self._jump.predictions
-        kl, kl_error = self._cost(grid.sigmas[grid.landing])
+        kl, kl_error = self._cost(grid.sigmas[grid.landing]) if grid.landing else (0.0, 0.0)
         return Run(
             steps=len(grid.starts),
             skipped=grid.starts.index(grid.landing),

@@ -207,7 +207,7 @@ class JumpingScheduler:
 
     def _first_step(self, timestep: Any, sample: Tensor, return_dict: bool) -> Any:
         """The jump, as what `step` returns."""
-        scheduler, grid = self.scheduler, self.grid
+        scheduler, grid, self.pending = self.scheduler, self.grid, False
         assert grid is not None
         begin = getattr(scheduler, "begin_index", None)
         if begin not in (None, 0) or bool(torch.as_tensor(timestep).cpu() != grid.timesteps[0].cpu()):
@@ -230,7 +230,6 @@ class JumpingScheduler:
             scheduler._step_index = grid.landing
         landed = state(grid.landing)
         denoised = self._denoised(landed, grid.sigmas[grid.landing], cond, path)[0]
-        self.pending = False
         latents, prediction = (self._closed(v.to(sample.dtype)) for v in (landed, denoised))
         return self._output(latents, prediction, return_dict)
 

@@ -1,7 +1,5 @@
 """Teleportation in tiny stock pipelines of random weights: what runs, what is reported, what is left behind."""
 
-import copy
-import inspect
 import subprocess
 import sys
 import warnings
@@ -11,20 +9,22 @@ import diffusers
 import pytest
 import torch
 from diffusers import FluxPipeline
-from torch import Tensor, nn
+from torch import Tensor
 
 from samplers.gaussian import Gaussian
 from samplers.pipelines import teleport, vae_facts
 from samplers.teleport import Skip
-from samplers.teleport_checks import PIPELINES
-from tests.samplers.test_pipelines_exact import closed_form
 from tests.samplers.tiny_pipelines import (
     ARGUMENTS,
     MAKERS,
+    Calls,
+    closed_form,
     dit,
     fitting,
     flux,
     gaussian,
+    left,
+    network,
     pictures,
     stable_diffusion,
     vae,
@@ -91,32 +91,6 @@ def make(name: str, case: tuple[str, dict[str, Any]] | None) -> Any:
     return pipe
 
 
-def network(pipe: Any) -> nn.Module:
-    return getattr(pipe, PIPELINES[type(pipe).__name__].network)
-
-
-class Calls:
-    """The inputs of a network's first layer: every time that the network really ran."""
-
-    def __init__(self, pipe: Any) -> None:
-        model = network(pipe)
-        layer = next(getattr(model, name) for name in ("conv_in", "pos_embed", "x_embedder") if hasattr(model, name))
-        layer = model.x_embedder if isinstance(pipe, FluxPipeline) else layer
-        self.inputs: list[Tensor] = []
-        self._handle = layer.register_forward_hook(lambda _, inputs, __: self.inputs.append(inputs[0].clone()))
-
-    def __enter__(self) -> list[Tensor]:
-        return self.inputs
-
-    def __exit__(self, *_: object) -> None:
-        self._handle.remove()
-
-
-def left(pipe: Any) -> tuple[Any, ...]:
-    model = network(pipe)
-    return type(pipe.scheduler), set(vars(pipe.scheduler)), set(vars(model)), type(model), model.forward
-
-
 @pytest.mark.parametrize(
     ("name", "case"), CASES, ids=lambda value: value if isinstance(value, str) else value[0] if value else "stock"
 )
@@ -157,7 +131,7 @@ def test_fewer_calls_as_reported_and_nothing_left_behind(name, case) -> None:
 def test_the_noise_and_the_random_numbers_are_those_of_the_stock_run(name) -> None:
     """All of these are deterministic after their first noise: both runs leave the generator in the same state."""
     pipe, generators = MAKERS[name](), [torch.Generator().manual_seed(3) for _ in range(2)]
-    arguments = ARGUMENTS[name] | {"num_inference_steps": 6, "output_type": "pt"}
+    arguments = ARGUMENTS[name] | {"num_inference_steps": 12, "output_type": "pt"}
     inputs: list[Tensor] = []
     handle = network(pipe).register_forward_hook(
         lambda _, args, kwargs, __: inputs.append((args[0] if args else kwargs["hidden_states"]).clone()),
@@ -354,7 +328,7 @@ def test_a_run_that_skips_nothing_is_the_stock_run() -> None:
     with teleport(pipe, fitting(pipe), 1e9) as jump:
         assert torch.equal(pictures(pipe), stock)
     assert jump.run is not None
-    assert (jump.run.skipped, jump.run.nfe, jump.run.network_calls) == (0, 12, 12)
+    assert (jump.run.skipped, jump.run.nfe, jump.run.network_calls, jump.run.kl) == (0, 12, 12, 0)
 
 
 def test_guidance_is_warned_of_once() -> None:
@@ -368,112 +342,6 @@ def test_guidance_is_warned_of_once() -> None:
         warnings.simplefilter("always")
         pictures(pipe, guidance_scale=1.0)
     assert not [w for w in caught if "guidance" in str(w.message)]
-
-
-# Attachment
-
-
-def test_attached_for_good_until_detached() -> None:
-    pipe = stable_diffusion()
-    stock, state = pictures(pipe), left(pipe)
-    jump = teleport(pipe, fitting(pipe), SKIP).attach()
-    first, second = pictures(pipe), pictures(pipe)
-    assert torch.equal(first, second)
-    assert not torch.equal(first, stock)
-    jump.detach()
-    jump.detach()
-    assert left(pipe) == state
-    assert torch.equal(pictures(pipe), stock)
-    with jump:
-        assert torch.equal(pictures(pipe), first)
-
-
-def test_an_exception_undoes_too() -> None:
-    pipe = stable_diffusion()
-    stock, state = pictures(pipe), left(pipe)
-
-    def fail(*_: Any) -> dict[str, Any]:
-        raise KeyError("from the callback")
-
-    with pytest.raises(KeyError, match="callback"), teleport(pipe, fitting(pipe), SKIP):
-        pictures(pipe, callback_on_step_end=fail)
-    assert left(pipe) == state
-    assert torch.equal(pictures(pipe), stock)
-
-
-@pytest.mark.parametrize("first", ["offload", "attach"])
-def test_offloading_and_other_hooks_stay_in_place(first) -> None:
-    """diffusers' offloading takes the network's forward off and puts it on again after every call."""
-    pipe = stable_diffusion()
-    with teleport(pipe, fitting(pipe), SKIP):
-        expected = pictures(pipe)
-    stock, state = pictures(pipe), left(pipe)
-    jump = teleport(pipe, fitting(pipe), SKIP)
-    if first == "attach":
-        jump.attach()
-    pipe.enable_model_cpu_offload(device="cpu")
-    if first == "offload":
-        jump.attach()
-    for _ in range(3):
-        with Calls(pipe) as made:
-            assert torch.equal(pictures(pipe), expected)
-        assert jump.run is not None
-        assert len(made) == jump.run.network_calls == jump.run.nfe < 13
-    jump.detach()
-    offloaded, move = [], pipe.unet._hf_hook.pre_forward
-
-    def noted(*args: Any, **kwargs: Any) -> Any:
-        offloaded.append(1)
-        return move(*args, **kwargs)
-
-    pipe.unet._hf_hook.pre_forward = noted
-    with Calls(pipe) as made:
-        assert torch.equal(pictures(pipe), stock)
-    assert len(made) == len(offloaded) == 13
-    pipe.remove_all_hooks()
-    assert vars(pipe.unet).pop("forward") == state[-1]  # accelerate leaves the bound method
-    assert left(pipe) == state
-
-
-def test_hooks_of_caches_do_not_see_the_call_that_is_not_made() -> None:
-    from diffusers.hooks import HookRegistry, ModelHook
-
-    class Counting(ModelHook):
-        calls = 0
-
-        def pre_forward(self, module: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-            self.calls += 1
-            return args, kwargs
-
-    pipe, counting = stable_diffusion(), Counting()
-    HookRegistry.check_if_exists_or_initialize(pipe.unet).register_hook(counting, "counting")
-    state = left(pipe)
-    with teleport(pipe, fitting(pipe), SKIP) as jump:
-        pictures(pipe)
-    assert jump.run is not None
-    assert counting.calls == jump.run.network_calls
-    assert left(pipe)[:-1] == state[:-1]
-    pictures(pipe)
-    assert counting.calls == jump.run.network_calls + 13
-
-
-def test_a_copy_of_the_scheduler_is_a_stock_one() -> None:
-    pipe = stable_diffusion()
-    with teleport(pipe, fitting(pipe), SKIP):
-        twin = copy.deepcopy(pipe.scheduler)
-        twin.set_timesteps(10)
-        assert len(twin.timesteps) == 11
-        rebuilt = type(pipe.scheduler).from_config(pipe.scheduler.config)
-        rebuilt.set_timesteps(10)
-        assert torch.equal(rebuilt.timesteps, twin.timesteps)
-
-
-def test_the_signatures_that_pipelines_look_at_are_the_stock_ones() -> None:
-    pipe = MAKERS["StableDiffusionXLPipeline"]()
-    names = ("set_timesteps", "step", "scale_model_input")
-    stock = [inspect.signature(getattr(pipe.scheduler, name)) for name in names]
-    with teleport(pipe, fitting(pipe), SKIP):
-        assert [inspect.signature(getattr(pipe.scheduler, name)) for name in names] == stock
 
 
 def test_vae_facts_tell_one_vae_from_another() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from samplers.gaussian import Gaussian
 from samplers.pipelines import teleport
 from samplers.teleport_scheduler import SCHEDULERS
-from tests.samplers.tiny_pipelines import exact, exact_arguments
+from tests.samplers.tiny_pipelines import closed_form, exact, exact_arguments
 from tests.truth import relative_error
 
 pytestmark = [
@@ -123,18 +123,6 @@ def mixing(pipe: Any) -> tuple[Any, Tensor, Tensor]:
     entries = range(len(scheduler.timesteps))
     alpha, s = (torch.cat([noised(x0, eps, k) for k in entries]) for x0, eps in ((1.0, 0.0), (0.0, 1.0)))
     return scheduler, alpha, s
-
-
-def closed_form(gaussian: Gaussian, x: Tensor, start: tuple[Any, Any], end: tuple[Any, Any]) -> Tensor:
-    """The flow in the eigenbasis of the full covariance: an independent way to the same formula."""
-    u = gaussian.components
-    eye = torch.eye(gaussian.dim, dtype=torch.float64)
-    covariance = u.mT @ torch.diag(gaussian.variances) @ u + gaussian.rest * (eye - u.mT @ u)
-    values, vectors = torch.linalg.eigh(covariance)
-    (alpha, s), (alpha_to, s_to) = start, end
-    gain = ((alpha_to**2 * values + s_to**2) / (alpha**2 * values + s**2)).sqrt()
-    z = (x - alpha * gaussian.mean).flatten(1) @ vectors
-    return alpha_to * gaussian.mean + ((gain * z) @ vectors.mT).reshape(x.shape)
 
 
 def known(pipe: Any) -> Gaussian:

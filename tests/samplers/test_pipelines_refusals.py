@@ -244,6 +244,16 @@ def test_a_run_that_starts_in_the_middle() -> None:
         undone(pipe, call, "begin_index: the run starts at timestep")
 
 
+def test_a_loop_of_ones_own_that_begins_elsewhere() -> None:
+    pipe = stable_diffusion_xl()
+    with teleport(pipe, fitting(pipe), SKIP):
+        pipe.scheduler.set_timesteps(12)
+        pipe.scheduler.set_begin_index(2)
+        x = torch.zeros(1, 4, 8, 8)
+        with pytest.raises(ValueError, match="begin_index 2"):
+            pipe.scheduler.step(x, pipe.scheduler.timesteps[0], x)
+
+
 def test_a_run_that_ends_above_the_landing() -> None:
     pipe = stable_diffusion_xl()
     undone(pipe, lambda: pictures(pipe, denoising_end=0.1), "denoising_end: 0.1 ends the run at timestep 900")

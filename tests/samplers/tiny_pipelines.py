@@ -39,6 +39,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from samplers.adapters import FlowMatching, VariancePreserving, coordinates_of
 from samplers.gaussian import Bound, Gaussian
 from samplers.pipelines import vae_facts
+from samplers.teleport_checks import PIPELINES
 from tests.samplers.networks import unet
 
 WORDS = ["a", "red", "green", "fox", "hill"]
@@ -108,6 +109,18 @@ class ExactNetwork(ModelMixin, ConfigMixin):
         x = hidden_states.double() / inner
         prediction = ((self.gaussian(x, sigma) - skip * x) / out).to(hidden_states.dtype)
         return Transformer2DModelOutput(sample=prediction) if return_dict else (prediction,)
+
+
+def closed_form(gaussian: Gaussian, x: Tensor, start: tuple[Any, Any], end: tuple[Any, Any]) -> Tensor:
+    """The flow in the eigenbasis of the full covariance: an independent way to the same formula."""
+    u = gaussian.components
+    eye = torch.eye(gaussian.dim, dtype=torch.float64)
+    covariance = u.mT @ torch.diag(gaussian.variances) @ u + gaussian.rest * (eye - u.mT @ u)
+    values, vectors = torch.linalg.eigh(covariance)
+    (alpha, s), (alpha_to, s_to) = start, end
+    gain = ((alpha_to**2 * values + s_to**2) / (alpha**2 * values + s**2)).sqrt()
+    z = (x - alpha * gaussian.mean).flatten(1) @ vectors
+    return alpha_to * gaussian.mean + ((gain * z) @ vectors.mT).reshape(x.shape)
 
 
 def exact(scheduler: Any) -> Any:
@@ -306,3 +319,30 @@ def pictures(pipe: Any, steps: int = 12, seed: int = 0, **more: Any) -> Tensor:
     torch.manual_seed(seed)  # DiT's scheduler is not given the generator
     result = pipe(generator=torch.Generator().manual_seed(seed), output_type="pt", **arguments).images
     return result if isinstance(result, Tensor) else torch.as_tensor(result).permute(0, 3, 1, 2)
+
+
+def network(pipe: Any) -> nn.Module:
+    return getattr(pipe, PIPELINES[type(pipe).__name__].network)
+
+
+class Calls:
+    """The inputs of a network's first layer: every time that the network really ran."""
+
+    def __init__(self, pipe: Any) -> None:
+        model = network(pipe)
+        layer = next(getattr(model, name) for name in ("conv_in", "pos_embed", "x_embedder") if hasattr(model, name))
+        layer = model.x_embedder if isinstance(pipe, FluxPipeline) else layer
+        self.inputs: list[Tensor] = []
+        self._handle = layer.register_forward_hook(lambda _, inputs, __: self.inputs.append(inputs[0].clone()))
+
+    def __enter__(self) -> list[Tensor]:
+        return self.inputs
+
+    def __exit__(self, *_: object) -> None:
+        self._handle.remove()
+
+
+def left(pipe: Any) -> tuple[Any, ...]:
+    """What an attachment changes, to be compared after it."""
+    model = network(pipe)
+    return type(pipe.scheduler), set(vars(pipe.scheduler)), set(vars(model)), type(model), model.forward
