@@ -13,7 +13,9 @@ from tools.bench_digits import compare, digits, digits_table
 from tools.bench_disback import ARMS, SETTINGS, SHORT, make
 from tools.bench_disback_report import draw, mismatch_table
 from tools.bench_disback_report import table as disback_table
+from tools.bench_gaussian import gaussian_tables
 from tools.bench_optimum import draw_optima, optimum_rows, optimum_table, ratio_table
+from tools.bench_teleport import digits_tables, mixtures_table
 from tools.bench_toys import coverage
 
 DEMO = "configs/digits-reverse-kl.yaml"  # the student of `make demo`
@@ -38,6 +40,11 @@ def main() -> None:
             "DisBack: time to a quality, and mismatch at the start",
             lambda folder, _, __, jobs: _disback(folder / "disback", jobs),
         ),
+        "gaussian": ("Fitting a Gaussian, and one jump", lambda *_: gaussian_tables()),
+        "teleport": (
+            "Quality against evaluations, with and without teleportation",
+            lambda folder, _, more, __: _teleport(folder, more),
+        ),
         "compare": ("The divergences on the digits", lambda folder, _, more, jobs: compare(folder, more, jobs)),
     }
     parser = argparse.ArgumentParser(prog="tools.bench", description=__doc__)
@@ -61,6 +68,12 @@ def _optimum(folder: Path) -> str:
     rows = optimum_rows()
     draw_optima(rows, folder / "optimum.png")
     return optimum_table(rows) + f"\npicture: {folder / 'optimum.png'}\n"
+
+
+def _teleport(folder: Path, seeds: list[int]) -> str:
+    own = folder / "teleport"
+    pictures = f"pictures: {own}/mixtures/*.png, {own}/digits/*.png\n"
+    return "\n".join([mixtures_table(own / "mixtures", seeds), digits_tables(own / "digits", seeds, folder), pictures])
 
 
 def _digits(folder: Path, seeds: list[int]) -> str:
