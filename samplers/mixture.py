@@ -101,7 +101,8 @@ class GaussianMixture:
         """The points at noise level sigma, [n, d], that normal numbers eps [n, d] are in these components [n]."""
         x = (self._variances[component] + sigma**2).sqrt() * eps
         if self._basis is not None:
-            x = torch.einsum("bij,bj->bi", self._basis[component], x)
+            for k in component.unique().tolist():  # a basis for each sample would be n d^2 numbers
+                x[component == k] = x[component == k] @ self._basis[k].mT
         return self.means[component] + x
 
     def _whitened(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
