@@ -91,19 +91,26 @@ def choose_sigma_skip(
     is then KL(p || N) under noised data, and is split into the data's shape and the network's error. Without them it is
     KL(N || p), under the Gaussian's own law, from `count` points. cond: of the samples, a tensor of N rows or one; by
     default class labels in turns where the Gaussian has classes. sigma_min, sigma_max: by default the denoiser's.
-    solver, sigmas: what the certificate counts steps for; by default Heun on 18 Karras levels. About ten levels, a
+    solver, sigmas: what the certificate counts steps for, no lower than which it looks; by default Heun on 18 Karras
+    levels. About ten levels, a
     factor sqrt 2 apart, are evaluated in batches, and no further than needed: `count` x levels evaluations, once.
 
     Raises ValueError if no level meets the tolerance (with the smallest KL there is), if more than half of the KL is
-    the network's own error, and if the Gaussian is of too few samples for the tolerance (with how many are needed).
+    the network's own error, if the Gaussian is of too few samples for the tolerance (with how many are needed), for a
+    denoiser that is not finite (with the level), and for samples that are not, or not of the Gaussian's shape.
     """
     if not 0 < tolerance < math.inf:
         raise ValueError(f"tolerance: {tolerance} nats is not positive and finite")
     low = sigma_min if sigma_min is not None else getattr(denoiser, "sigma_min", 0.002)
     high = sigma_max if sigma_max is not None else getattr(denoiser, "sigma_max", 80.0)
+    if sigmas is not None:
+        low = max(low, float(sigmas[sigmas > 0].min()))
     if not 0 < low < high < math.inf:
         raise ValueError(f"sigma_min, sigma_max: {low}, {high}; needed is 0 < sigma_min < sigma_max < inf")
-    count = count if samples is None else len(samples)
+    if samples is not None:
+        samples, count = _checked(samples, gaussian), len(samples)
+    if batch < 1:
+        raise ValueError(f"batch: {batch} points at a time; at least 1 is needed")
     if count < 8:
         raise ValueError(f"samples, count: {count} points leave no standard error; at least 8 are needed")
     if cond is None and gaussian.n_classes is not None:
@@ -115,6 +122,17 @@ def choose_sigma_skip(
         integral.extend(sigma)
         sigma /= RATIO
     return _certificate(integral, tolerance, high, solver, karras_sigmas(18, low, high) if sigmas is None else sigmas)
+
+
+def _checked(samples: Tensor, gaussian: Gaussian) -> Tensor:
+    """In float32 at least."""
+    if tuple(samples.shape[1:]) != gaussian.shape:
+        raise ValueError(
+            f"samples: are of {list(samples.shape[1:])}; the Gaussian is of {list(gaussian.shape)} a sample"
+        )
+    if not samples.is_floating_point() or not bool(samples.isfinite().all()):
+        raise ValueError("samples: are not finite floating-point numbers")
+    return samples.to(torch.promote_types(samples.dtype, torch.float32))
 
 
 class _Integral:
@@ -212,6 +230,8 @@ def _certificate(integral: _Integral, tolerance: float, high: float, solver: Sol
     estimates = [_estimate(total) for total in integral.totals]
     known = "KL(N || p)" if integral.samples is None else "KL(p || N)"
     if uppers[0] > tolerance:
+        if integral.errors:
+            _refuse_own_error(_estimate(integral.error_totals[0]), estimates[0][0], integral.sigmas[0])
         raise ValueError(
             f"tolerance: {tolerance:g} nats is met at no noise level, so nothing can be skipped; the smallest {known} "
             f"is {estimates[0][0]:.3g} +- {estimates[0][1]:.2g} nats, at sigma {integral.sigmas[0]:.4g}"
@@ -231,11 +251,8 @@ def _certificate(integral: _Integral, tolerance: float, high: float, solver: Sol
 
     kl, kl_error = _estimate(total)
     network = _estimate(error[0]) if error else None
-    if network is not None and network[0] - CONFIDENT * network[1] > kl / 2:
-        raise ValueError(
-            f"denoiser: {network[0]:.3g} +- {network[1]:.2g} of the {kl:.3g} nats down to sigma {sigma:.4g} are its "
-            "own error, not the data's shape; a jump cannot be certified by it (`bound_of` needs no network)"
-        )
+    if network is not None:
+        _refuse_own_error(network, kl, sigma)
     if gaussian.sampling_kl(sigma) > tolerance:
         raise ValueError(f"gaussian: cannot be certified to {tolerance:g} nats{_too_few(gaussian, sigma, tolerance)}")
     skip = Skip(
@@ -255,6 +272,14 @@ def _certificate(integral: _Integral, tolerance: float, high: float, solver: Sol
     return skip.on(solver, sigmas)
 
 
+def _refuse_own_error(network: tuple[float, float], kl: float, sigma: float) -> None:
+    if network[0] - CONFIDENT * network[1] > kl / 2:
+        raise ValueError(
+            f"denoiser: {network[0]:.3g} +- {network[1]:.2g} of the {kl:.3g} nats down to sigma {sigma:.4g} are its "
+            "own error, not the data's shape; a jump cannot be certified by it (`bound_of` needs no network)"
+        )
+
+
 def _too_few(gaussian: Gaussian, sigma: float, tolerance: float) -> str:
     if gaussian.sampling_kl(sigma) <= tolerance / 2:
         return ""
@@ -265,7 +290,10 @@ def _too_few(gaussian: Gaussian, sigma: float, tolerance: float) -> str:
 def _prior_kl(gaussian: Gaussian, sigma: float) -> float:
     """KL(N(mean, S + sigma^2 I) || N(0, sigma^2 I)), averaged over classes."""
     left = gaussian.dim - gaussian.rank
-    ratio = torch.cat([gaussian.variances.cpu(), torch.tensor([gaussian.rest] if left else []).double()]) / sigma**2
+    ratio = (
+        torch.cat([gaussian.variances.cpu(), gaussian.variances.new_full((int(left > 0),), gaussian.rest).cpu()])
+        / sigma**2
+    )
     times = torch.ones_like(ratio)
     times[gaussian.rank :] = left
     means = gaussian.mean.reshape(-1, gaussian.dim).double().square().sum(1).mean()
