@@ -48,6 +48,7 @@ SCHEDULERS: dict[str, tuple[str, bool]] = {
 
 # A state at sigma = infinity (flow t = 1, zero terminal SNR) is evaluated here: the rest is below rounding.
 _FINITE = 1e8
+_MEMORY = 4  # steps that the longest memory holds
 
 
 class Grid(NamedTuple):
@@ -236,11 +237,13 @@ class JumpingScheduler:
     def _replay(
         self, grid: Grid, state: Callable[[int], Tensor], cond: Tensor | None, path: str, dtype: torch.dtype
     ) -> None:
-        """Take the scheduler through the skipped steps, with the Gaussian for a network, for what it remembers."""
+        """Take the scheduler through the last skipped steps, the Gaussian for a network, for what it remembers."""
         scheduler, coordinates = self.scheduler, coordinates_of(self.scheduler)
         with_noise = "generator" in inspect.signature(self.stock.step).parameters
+        # Those that count their steps, not index them, have to be taken through all.
+        first = max(0, grid.landing - _MEMORY) if hasattr(scheduler, "_step_index") else 0
         with self._whole_grid():
-            for i in range(grid.landing):
+            for i in range(first, grid.landing):
                 x = state(i)
                 denoised, x_ve, sigma = self._denoised(x, grid.sigmas[i], cond, path)
                 _, skip, out, _ = coordinates(sigma)
