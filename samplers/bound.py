@@ -7,6 +7,7 @@ with w a coordinate in standard deviations, l its variance and rho = l / (l + si
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +15,9 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from samplers.gaussian import Gaussian
+
+
+DEAREST = 0.25  # nats of a finite sample's cost, up to which its leading order is most of it
 
 
 @dataclass(frozen=True)
@@ -85,12 +89,14 @@ def bound_of(
     1 + chi^2 = E K(x, x') over independent pairs, with Mehler's kernel K in the Gaussian's own coordinates, by a
     U-statistic over samples [N, *shape] (all pairs, so N^2 d operations a level); KL <= ln(1 + chi^2). Two standard
     errors and the cost of the Gaussian's own finite sample, twice (the samples may be those that it was fitted to), are
-    on top. Infinite from where chi^2 is above 1: there the average is no longer one. 1 / (1 + chi^2) is the share of
-    effective samples of importance weights at that level. sigmas: falling; by default four to an octave.
+    on top. Infinite from where chi^2 is above 1, for there the average is no longer one, or that cost above a quarter
+    of a nat, for there its leading order is not all of it. 1 / (1 + chi^2) is the share of effective samples of
+    importance weights at that level. labels: class labels [N] iff the Gaussian has classes. sigmas: falling; by default
+    four to an octave. Raises ValueError for fewer than 8 samples, or ones that are not finite or of another shape, and
+    levels that are not positive or do not fall.
     """
-    if len(samples) < 8:
-        raise ValueError(f"samples: {len(samples)} are too few for pairs; at least 8 are needed")
-    z = (samples.reshape(len(samples), *gaussian.shape).flatten(1) - gaussian.mean_of(samples, labels)).cpu()
+    _check(samples, gaussian, sigmas)
+    z = (samples.flatten(1) - gaussian.mean_of(samples, labels)).cpu()
     c = torch.zeros(len(z), gaussian.rank, dtype=torch.float64)
     across = torch.zeros(len(z), len(z), dtype=torch.float64)  # inner products of what lies outside the components
     for part, components in zip(z.split(4096, 1), gaussian.components.cpu().split(4096, 1), strict=True):
@@ -106,8 +112,25 @@ def bound_of(
     return Bound(tuple(sigmas.tolist()), tuple(costs))
 
 
+def _check(samples: Tensor, gaussian: "Gaussian", sigmas: Tensor | None) -> None:
+    if tuple(samples.shape[1:]) != gaussian.shape:
+        raise ValueError(f"samples: are {list(samples.shape[1:])}; the Gaussian is of {list(gaussian.shape)} a sample")
+    if len(samples) < 8:
+        raise ValueError(f"samples: {len(samples)} are too few for pairs; at least 8 are needed")
+    if not samples.is_floating_point() or not bool(samples.isfinite().all()):
+        raise ValueError("samples: are not finite floating-point numbers")
+    if sigmas is not None:
+        levels = sigmas.flatten().tolist()
+        falling = sigmas.ndim == 1 and all(a > b for a, b in pairwise([*levels, 0.0]))
+        if not levels or not falling or not math.isfinite(levels[0]):
+            raise ValueError(f"sigmas: {levels}; needed are positive levels [L] that fall")
+
+
 def _chi_square_bound(c: Tensor, across: Tensor, gaussian: "Gaussian", sigma: float) -> float:
-    """ln(1 + chi^2 + two standard errors) + twice the sampling cost, in nats; infinity where chi^2 is above 1."""
+    """ln(1 + chi^2 + two standard errors) + twice the sampling cost, in nats; infinity where it is unknown."""
+    cost = gaussian.sampling_kl(sigma)
+    if cost > DEAREST:
+        return math.inf
     variances, n, left = gaussian.variances.cpu(), len(c), gaussian.dim - gaussian.rank
     rho = variances / (variances + sigma**2)
     weight = 1 / (variances + sigma**2) / (1 - rho**2)
@@ -125,4 +148,4 @@ def _chi_square_bound(c: Tensor, across: Tensor, gaussian: "Gaussian", sigma: fl
     rows = kernel.sum(1) / (n - 1)
     chi2, error = float(rows.mean()) - 1, 2 * float(rows.std()) / math.sqrt(n)
     upper = chi2 + 2 * error
-    return math.log1p(max(0.0, upper)) + 2 * gaussian.sampling_kl(sigma) if upper < 1 else math.inf
+    return math.log1p(max(0.0, upper)) + 2 * cost if upper < 1 else math.inf

@@ -142,7 +142,7 @@ def two_sample_p_value(x: Tensor, y: Tensor, generator: torch.Generator) -> floa
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_no_two_sample_test_notices_a_certified_jump_where_it_notices_one_to_half_the_level(seed) -> None:
-    """Four components in four dimensions, 550 samples each: the test sees the jump to half the level on all of 12 seeds tried."""
+    """Four components in four dimensions, 550 samples each; the test sees half the level on all of 12 seeds."""
     denoiser, gaussian = mixture(4, 4, share=0.9)
     skip = choose_sigma_skip(denoiser, gaussian, count=2048, batch=2048, generator=seeded(2))
     generator, sigmas = seeded(10 + seed), karras_sigmas(18)
