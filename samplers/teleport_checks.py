@@ -38,22 +38,29 @@ PIPELINES = {
 _FROM_PICTURES = ("Img2Img", "Inpaint", "Depth2Img", "Pix2Pix", "Upscale", "Variation", "Kontext")
 
 
-def vae_facts(vae: Any) -> dict[str, Any]:
-    """What tells one VAE's latents from another's: class, scaling_factor, shift_factor, SHA-256 of the weights.
+# A pipeline in half precision has the VAE that its Gaussian was fitted through in single, rounded.
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_VAE = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
 
-    The hash is over the names and the bytes of the state dict in the order of names, so a copy in half precision, whose
-    latents are (slightly) other ones, has another.
+
+def vae_facts(vae: Any) -> dict[str, Any]:
+    """What tells one VAE's latents from another's: class, scaling and shift, and SHA-256 of the weights by dtype.
+
+    A hash is over the names and the bytes of the state dict in the order of names; one in float32 has its float16 and
+    bfloat16 copies' hashes too.
     """
-    digest = hashlib.sha256()
+    own = next(vae.parameters()).dtype
+    dtypes = _DTYPES if own == torch.float32 else (own,)
+    digests = {dtype: hashlib.sha256() for dtype in dtypes}
     for name, value in sorted(vae.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return {
-        "class": type(vae).__name__,
-        "sha256": digest.hexdigest(),
-        "scaling_factor": vae.config.get("scaling_factor"),
-        "shift_factor": vae.config.get("shift_factor"),
-    }
+        for dtype, digest in digests.items():
+            cast = value.detach().cpu().to(dtype if value.is_floating_point() else value.dtype).contiguous()
+            digest.update(name.encode())
+            digest.update(cast.reshape(-1).view(torch.uint8).numpy().tobytes())
+    hashes = {str(dtype).removeprefix("torch."): digest.hexdigest() for dtype, digest in digests.items()}
+    settings = {name: vae.config.get(name) for name in _VAE}
+    settings = {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}  # as JSON
+    return {"class": type(vae).__name__, "sha256": hashes} | settings
 
 
 def family_of(pipe: Any) -> Family:
@@ -110,13 +117,23 @@ def check_gaussian(pipe: Any, family: Family, gaussian: Gaussian) -> None:
         return
     if facts.get("vae") is None:
         raise ValueError(f"gaussian: was fitted to pixels (facts['vae'] is None); {kind} samples latents of its VAE")
-    actual = vae_facts(vae)
-    for name in ("sha256", "scaling_factor", "shift_factor"):
-        if facts["vae"].get(name) != actual[name]:
+    actual, fitted = vae_facts(vae), facts["vae"]
+    for name in _VAE:
+        if fitted.get(name) != actual[name]:
             raise ValueError(
-                f"gaussian: was fitted to latents of a VAE with {name} {facts['vae'].get(name)}; that of {kind} has "
+                f"gaussian: was fitted to latents of a VAE with {name} {fitted.get(name)}; that of {kind} has "
                 f"{actual[name]}"
             )
+    hashes = fitted.get("sha256", {})
+    if not any(hashes.get(dtype) == digest for dtype, digest in actual["sha256"].items()):
+        raise ValueError(
+            f"gaussian: was fitted to latents of a VAE with weights of SHA-256 {_listed(hashes)}; that of {kind} has "
+            f"{_listed(actual['sha256'])}"
+        )
+
+
+def _listed(hashes: dict[str, str]) -> str:
+    return ", ".join(f"{digest[:12]} ({dtype})" for dtype, digest in hashes.items()) or "unknown"
 
 
 def latent_shape(network: Any, family: Family) -> tuple[int, ...]:

@@ -1,5 +1,6 @@
 """Teleportation in tiny stock pipelines of random weights: what runs, what is reported, what is left behind."""
 
+import json
 import subprocess
 import sys
 import warnings
@@ -347,10 +348,20 @@ def test_guidance_is_warned_of_once() -> None:
 def test_vae_facts_tell_one_vae_from_another() -> None:
     first, second = vae_facts(vae()), vae_facts(vae())
     assert first == second
-    assert first.keys() == {"class", "sha256", "scaling_factor", "shift_factor"}
+    assert first.keys() == {"class", "sha256", "scaling_factor", "shift_factor", "latents_mean", "latents_std"}
     assert (first["class"], first["scaling_factor"], first["shift_factor"]) == ("AutoencoderKL", 0.5, 0.1)
     other = vae()
     with torch.no_grad():
         next(other.parameters()).flatten()[0] += 1e-6
-    assert vae_facts(other)["sha256"] != first["sha256"]
-    assert vae_facts(vae().half())["sha256"] != first["sha256"]
+    assert not first["sha256"].keys() - vae_facts(other)["sha256"].keys()
+    assert vae_facts(other)["sha256"]["float32"] != first["sha256"]["float32"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_pipeline_in_half_precision_takes_the_gaussian_of_its_vae_in_single(dtype) -> None:
+    """As JSON gives the facts back; and the hash of a half is that which single precision foretold."""
+    pipe = stable_diffusion()
+    facts = json.loads(json.dumps({"vae": vae_facts(pipe.vae)}))
+    half = vae_facts(pipe.to(dtype).vae)["sha256"]
+    assert half == {str(dtype).removeprefix("torch."): facts["vae"]["sha256"][str(dtype).removeprefix("torch.")]}
+    teleport(pipe, gaussian(facts=facts), SKIP)

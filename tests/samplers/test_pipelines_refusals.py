@@ -1,5 +1,6 @@
 """What cannot be teleported is refused by name and reason, and is left as it was."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -152,11 +153,23 @@ def test_pixels_and_latents_do_not_mix() -> None:
         teleport(pixels, gaussian(3, facts=facts), SKIP)
 
 
-@pytest.mark.parametrize(("name", "value"), [("sha256", "0" * 64), ("scaling_factor", 0.18215), ("shift_factor", None)])
+@pytest.mark.parametrize(
+    ("name", "value"), [("latents_std", [1.0] * 4), ("scaling_factor", 0.18215), ("shift_factor", None)]
+)
 def test_latents_of_another_vae_are_refused_with_both(name, value) -> None:
     pipe = stable_diffusion()
     facts = {"vae": vae_facts(pipe.vae) | {name: value}}
-    refused(pipe, gaussian(facts=facts), SKIP, f"{name} {value}; that of .* has {vae_facts(pipe.vae)[name]}")
+    message = f"{name} {re.escape(str(value))}; that of .* has {vae_facts(pipe.vae)[name]}"
+    refused(pipe, gaussian(facts=facts), SKIP, message)
+
+
+def test_a_vae_with_other_weights_is_refused_with_both_hashes() -> None:
+    pipe = stable_diffusion()
+    facts = {"vae": vae_facts(pipe.vae) | {"sha256": {"float32": "0" * 64}}}
+    own = vae_facts(pipe.vae)["sha256"]["float32"][:12]
+    refused(pipe, gaussian(facts=facts), SKIP, rf"SHA-256 000000000000 \(float32\); that of .* has {own} \(float32\)")
+    half = pipe.to(torch.float16)
+    refused(half, gaussian(facts=facts), SKIP, r"0 \(float32\); that of .* has \w{12} \(float16\)")
 
 
 def test_other_classes_are_refused_with_both() -> None:
