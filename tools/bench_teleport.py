@@ -205,10 +205,45 @@ def digits_tables(folder: Path, seeds: Sequence[int], teachers: Path, n: int = 1
         case = digits_case(teachers / "seed-0/teacher", guidance)
         rows = [row for seed in seeds for row in measure(folder, case, seed, n, reference, scored, 80)]
         parts.append(error_table(rows, f"{case.name}: sigma {case.sigma_max:g} -> {case.sigma_skip:.2f}"))
+        parts.append(residual_table(case, held_out.images, held_out.labels))
         parts += [error_table(rows, name, name) for name in ("fd", "pixel_fd", "recall")]
         parts.append(saving_table(rows, ("error", "fd", "pixel_fd", "recall")))
         draw(rows, ("error", "fd", "pixel_fd", "recall"), folder / f"{case.name}.png")
     return "\n".join(parts)
+
+
+@torch.no_grad()
+def residual_table(case: Case, x0: Tensor, cond: Tensor | None) -> str:
+    """What the network adds to the Gaussian's denoiser, by noise level, at noised held-out data x0 [N, ...].
+
+    unexplained: its share of the score. rms: a number of it. affine: the share of its square that is a mean (of each
+    class) and a linear map of x, which another Gaussian could take. own error: the share that is the network's error,
+    E (D - D_N) . (D - x0), rather than the data's shape.
+    """
+    generator = torch.Generator().manual_seed(0)
+    lines = ["| sigma | unexplained | rms | affine | own error |", "|--:|--:|--:|--:|--:|"]
+    groups = torch.zeros(len(x0), dtype=torch.int64) if cond is None else cond
+    for sigma in (20.0, 10.0, 5.0, 2.5, 1.2, 0.6, 0.3, 0.15, 0.07):
+        level = torch.tensor(sigma)
+        x = x0 + level * torch.randn(x0.shape, generator=generator)
+        denoised = case.denoiser(x, level, cond)
+        difference = (denoised - case.gaussian(x, level, cond)).flatten(1)
+        square = float(difference.square().sum(1).mean())
+        share = square / float((denoised - x).flatten(1).square().sum(1).mean())
+        error = float((difference * (denoised - x0).flatten(1)).sum(1).mean()) / square
+        z, left = (_within(rows, groups) for rows in (x.flatten(1), difference))
+        left = left - z @ torch.linalg.lstsq(z, left).solution
+        freedom = len(x0) / (len(x0) - z.shape[1] - len(groups.unique()))
+        affine = 1 - float(left.square().sum(1).mean()) * freedom / square
+        root = math.sqrt(square / difference.shape[1])
+        lines.append(f"| {sigma:g} | {share:.5f} | {root:.4f} | {affine:.2f} | {error:.2f} |")
+    return "\n".join(lines) + "\n"
+
+
+def _within(rows: Tensor, groups: Tensor) -> Tensor:
+    """Rows [N, d] less the mean of their group [N]."""
+    means = torch.stack([rows[groups == group].mean(0) for group in groups.unique()])
+    return rows - means[torch.searchsorted(groups.unique(), groups)]
 
 
 def error_table(rows: list[dict[str, Any]], title: str, metric: str = "error") -> str:

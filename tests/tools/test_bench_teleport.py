@@ -101,3 +101,31 @@ def test_the_schedule_after_a_jump_starts_where_it_landed() -> None:
     assert seen == pytest.approx(karras_sigmas(6, 0.002, 8.4)[:-1].tolist(), rel=1e-6)
     assert nfe(heun, karras_sigmas(5)) == 9
     assert dpmpp_2m in bench.arms(own).values()
+
+
+def test_a_network_that_errs_by_an_affine_map_leaves_an_affine_residual_that_is_its_own_error() -> None:
+    own, exact = gaussian(4)
+    case = bench.Case(
+        "toy", lambda x, sigma, cond=None: exact(x, sigma) + 0.3, own, 8.4, 0.002, 80.0, lambda n, s: None
+    )
+    x0 = exact.sample(4000, generator=torch.Generator().manual_seed(3))
+    rows = [[float(v) for v in line.split("|")[1:-1]] for line in bench.residual_table(case, x0, None).splitlines()[2:]]
+    for sigma, unexplained, rms, affine, error in rows:
+        assert rms == pytest.approx(0.3, rel=1e-3)
+        assert affine == pytest.approx(1, abs=0.01)
+        assert error == pytest.approx(
+            1, abs=0.2
+        )  # four standard errors: 4 x 1.1 / 0.3 / sqrt(4 x 4000) where sigma is 20
+        assert unexplained < (1 if sigma < 1 else 0.3)
+
+
+def test_the_shape_of_the_data_is_neither_affine_nor_an_error() -> None:
+    generator = torch.Generator().manual_seed(4)
+    mixture = GaussianMixture(torch.ones(2), torch.tensor([[-1.0, 0.0], [1.0, 0.0]]), torch.full((2,), 0.01))
+    case = bench.Case("toy", mixture, Gaussian.fit([mixture.sample(8000, generator=generator)]), 8, 0.002, 80.0, None)  # type: ignore[arg-type]
+    table = bench.residual_table(case, mixture.sample(4000, generator=generator), None)
+    rows = {float(line.split("|")[1]): [float(v) for v in line.split("|")[2:-1]] for line in table.splitlines()[2:]}
+    _, rms, affine, error = rows[0.6]
+    assert rms > 0.1
+    assert abs(affine) < 0.1
+    assert abs(error) < 0.1
