@@ -1,6 +1,7 @@
 """Noise levels to step through: a schedule is a 1-D float64 tensor of sigmas that falls and ends in 0."""
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -50,14 +51,19 @@ def restarted(sigmas: Tensor, sigma: float, steps: int | None = None) -> Tensor:
     """A schedule of the same spacing that starts at a level inside this one, [steps + 1] where it ends in 0.
 
     steps: by default as many fewer as there are levels above sigma. Levels are spaced evenly in the old schedule's own
-    (fractional) index. Raises ValueError for a sigma outside the levels, or no step.
+    (fractional) index, between its levels as on a Karras grid of rho = 7: exactly so for one, within 2 % of a step for
+    an exponential schedule, within 40 % for a flow schedule, whose first and last steps are bent.
+    Raises ValueError for a sigma outside the levels, no step, and levels that do not fall.
     """
+    if sigmas.ndim != 1 or not len(sigmas) or not all(a > b >= 0 for a, b in pairwise(sigmas.tolist())):
+        raise ValueError(f"sigmas: {sigmas.tolist()}; needed are levels [steps + 1] that fall to 0 or above")
     ends = bool(sigmas[-1] == 0)
     levels = (sigmas[:-1] if ends else sigmas).double()
     high, low = float(levels[0]), float(levels[-1])
     if not low * (1 - 1e-9) <= sigma <= high * (1 + 1e-9):
         raise ValueError(f"sigma: {sigma:.6g} is outside the schedule's levels [{low:.6g}, {high:.6g}]")
-    steps = steps or len(levels) - int((levels > sigma * (1 + 1e-9)).sum()) - (0 if ends else 1)
+    if steps is None:
+        steps = len(levels) - int((levels > sigma * (1 + 1e-9)).sum()) - (0 if ends else 1)
     if steps < 1:
         raise ValueError(f"sigma: {sigma:.6g} leaves {steps} steps of the schedule; at least 1 is needed")
 
@@ -69,7 +75,7 @@ def restarted(sigmas: Tensor, sigma: float, steps: int | None = None) -> Tensor:
     below = index.floor().long().clamp(0, max(0, len(levels) - 2))
     after = (below + 1).clamp(max=len(levels) - 1)
     rebuilt = torch.lerp(bent[below], bent[after], index - below) ** 7
-    rebuilt[0] = sigma
+    rebuilt[-1], rebuilt[0] = levels[-1], sigma  # without the rounding of the powers
     return _ending_in_zero(rebuilt) if ends else rebuilt
 
 

@@ -8,7 +8,7 @@ a sampler does from there on can increase it. So the noise level to jump to is t
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -309,12 +309,15 @@ def teleported(
     one that starts at or below sigma_skip is left as it is. skip: a certificate, or a noise level.
     landing: p > -1 corrects the landing by the first evaluation, for none more: a difference D - D_N that has grown as
     sigma^-p on the way has moved the state by phi eta / (p + 1) times itself (see `Gaussian.exponential`). On exact
-    mixtures p of 0.5 to 1 is best, on a trained network, whose own error does not fall with sigma, 0. None: as it is.
-    Raises ValueError for a level that is not positive, or p <= -1.
+    mixtures p of 0.5 to 1 is best at a certificate's level (2 far above it, where there is little to correct), on a
+    trained network, whose own error does not fall with sigma, 0. None: as it is.
+    Raises ValueError for a level that is not positive, p <= -1, or another mode.
     """
     sigma_skip = skip.sigma_skip if isinstance(skip, Skip) else float(skip)
     if not 0 < sigma_skip < math.inf or not (landing is None or -1 < landing < math.inf):
         raise ValueError(f"skip, landing: {sigma_skip}, {landing}; needed are a positive level and a power above -1")
+    if mode not in get_args(Mode):
+        raise ValueError(f"mode: {mode!r}; accepted are {', '.join(get_args(Mode))}")
 
     def solve(
         denoiser: Denoiser, x: Tensor, sigmas: Tensor, cond: Any = None, generator: Generator = None

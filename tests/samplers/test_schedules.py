@@ -5,7 +5,7 @@ import torch
 from diffusers import EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
 
 from samplers import exponential_sigmas, flow_sigmas, karras_sigmas
-from samplers.schedules import karras_index, karras_sigma
+from samplers.schedules import karras_index, karras_sigma, restarted
 from tests.truth import relative_error
 
 SCHEDULES = [karras_sigmas, exponential_sigmas, flow_sigmas]
@@ -97,3 +97,87 @@ def test_a_bad_rho_or_shift_raises(value) -> None:
         karras_sigmas(4, rho=value)
     with pytest.raises(ValueError, match="shift"):
         flow_sigmas(4, shift=value)
+
+
+@pytest.mark.parametrize("sigma", [80.0, 79.0, 8.4, 0.5, 0.0021, 0.002])
+@pytest.mark.parametrize("n", [2, 7, 18])
+def test_a_restarted_karras_schedule_is_karras_s_own_from_there(n, sigma) -> None:
+    for steps in (1, 3, 12):
+        ours = restarted(karras_sigmas(n), sigma, steps)
+        if sigma > 0.002:
+            expected = karras_sigmas(steps, 0.002, sigma)
+            torch.testing.assert_close(ours, expected, rtol=1e-11, atol=0)
+        else:
+            assert steps > 1 or ours.tolist() == [0.002, 0.0]
+        assert ours[0] == sigma
+    above = int((karras_sigmas(n)[:-1] > sigma * (1 + 1e-9)).sum())
+    assert len(restarted(karras_sigmas(n), sigma)) == n + 1 - above
+
+
+@pytest.mark.parametrize("k", [0, 1, 5, 16])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_restarted_at_one_of_its_levels_a_schedule_is_its_own_tail(schedule, k) -> None:
+    sigmas = schedule(18)
+    torch.testing.assert_close(restarted(sigmas, float(sigmas[k])), sigmas[k:], rtol=1e-11, atol=0)
+    open_end = sigmas[:-1]
+    torch.testing.assert_close(restarted(open_end, float(sigmas[k])), open_end[k:], rtol=1e-11, atol=0)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("steps", [None, 2, 5, 40])
+@pytest.mark.parametrize("ends", [True, False])
+def test_a_restarted_schedule_falls_from_the_level_to_the_old_end(schedule, steps, ends) -> None:
+    sigmas = schedule(18, sigma_max=80.0)
+    sigmas = sigmas if ends else sigmas[:-1]
+    for sigma in torch.logspace(math.log10(80.0), math.log10(float(sigmas[-2 - ends]) * 1.01), 23).double().tolist():
+        ours = restarted(sigmas, min(sigma, 80.0), steps)
+        assert ours.dtype == torch.float64
+        assert ours[0] == min(sigma, 80.0)
+        assert bool((ours.diff() < 0).all())
+        assert ours[-1] == (0 if ends else sigmas[-1])
+        assert ours[-1 - ends] == pytest.approx(float(sigmas[-1 - ends]), rel=1e-12)
+        assert len(ours) == (steps + 1 if steps else int((sigmas <= sigma * (1 + 1e-9)).sum()))
+
+
+@pytest.mark.parametrize(("schedule", "part"), [(exponential_sigmas, 0.02), (flow_sigmas, 0.4)])
+def test_other_schedules_keep_their_spacing_nearly(schedule, part) -> None:
+    """Between two of its levels: those of the same schedule made from there, to a part of the step, in log sigma."""
+    for high, sigma in ((80.0, 60.0), (80.0, 9.0), (80.0, 2.0), (80.0, 0.5), (999.0, 60.0), (999.0, 2.0)):
+        sigmas = schedule(18, sigma_max=high)
+        ours = restarted(sigmas, sigma)[:-1].log()
+        own = schedule(len(ours), sigma_max=sigma)[:-1].log()
+        assert float(((ours - own)[1:] / own.diff()).abs().max()) < part
+
+
+def test_a_schedule_of_one_step_restarts_as_one_step() -> None:
+    one = torch.tensor([80.0, 0.0], dtype=torch.float64)
+    assert restarted(one, 80.0).tolist() == [80.0, 0.0]
+    with pytest.raises(ValueError, match=r"sigma: 8.4 is outside the schedule's levels \[80, 80\]"):
+        restarted(one, 8.4)
+    two = torch.tensor([80.0, 1.0], dtype=torch.float64)
+    assert restarted(two, 8.4, 1).tolist() == [8.4, 1.0]
+    assert restarted(karras_sigmas(18), 0.002).tolist() == pytest.approx([0.002, 0.0])
+
+
+@pytest.mark.parametrize("sigma", [80.1, 0.0019, 0.0, -1.0, math.nan, math.inf])
+def test_a_level_outside_the_schedule_raises(sigma) -> None:
+    with pytest.raises(ValueError, match="outside the schedule's levels"):
+        restarted(karras_sigmas(18), sigma)
+
+
+@pytest.mark.parametrize("steps", [0, -1])
+def test_a_restart_without_a_step_raises(steps) -> None:
+    with pytest.raises(ValueError, match="at least 1"):
+        restarted(karras_sigmas(18), 8.4, steps)
+    with pytest.raises(ValueError, match="at least 1"):
+        restarted(karras_sigmas(18)[:-1], 0.002)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [torch.tensor([1.0]), torch.tensor([1.0, 2.0]), torch.tensor([2.0, math.nan, 0.0]), torch.ones(2, 2)],
+    ids=str,
+)
+def test_what_is_no_schedule_is_not_restarted(bad) -> None:
+    with pytest.raises(ValueError, match="sigma"):
+        restarted(bad, 1.5)
