@@ -43,11 +43,13 @@ def chi_square(shift: Tensor, law: Tensor, other: Tensor) -> float:
     return math.expm1(float(logs + exponent))
 
 
-@pytest.mark.parametrize("n_classes", [None, 3])
-@pytest.mark.parametrize("rank", [3, 4, D])
+@pytest.mark.parametrize(("rank", "n_classes"), [(3, None), (D, None), (3, 3)])
 def test_the_bound_is_the_exact_chi_square_and_two_of_its_standard_errors(rank, n_classes) -> None:
-    """Data of another mean and covariance, 24 data sets: their mean within five standard errors of the exact one."""
-    law, sets, n = gaussian(rank, n_classes), 24, 400
+    """Data of another mean and covariance, 60 data sets of 800: the bound lies 1.6 of its own deviations above.
+
+    Not 2, for the error is estimated too, and is large where the average is; of the 1.6, two standard errors are 0.4.
+    """
+    law, sets, n, levels = gaussian(rank, n_classes), 60, 800, (8.0, 2.0, 1.0)
     shift = torch.tensor([0.3, -0.2, 0.2, 0.1, 0.0, 0.1], dtype=torch.float64)
     scale = torch.tensor([1.1, 0.9, 1.0, 0.8, 1.1, 1.0], dtype=torch.float64)
     generator, bounds = seeded(2), []
@@ -55,18 +57,13 @@ def test_the_bound_is_the_exact_chi_square_and_two_of_its_standard_errors(rank, 
         labels = None if n_classes is None else torch.arange(n) % n_classes
         x = law.sample(n, cond=labels, generator=generator)
         mean = law.mean if labels is None else law.mean[labels]
-        bounds.append(bound_of(mean + (x - mean) * scale + shift, law, labels, LEVELS).kl)
+        bounds.append(bound_of(mean + (x - mean) * scale + shift, law, labels, torch.tensor(levels)).kl)
     upper = torch.tensor(bounds, dtype=torch.float64).expm1()
-    for k, sigma in enumerate(LEVELS.tolist()):
+    for k, sigma in enumerate(levels):
         noise = sigma**2 * torch.eye(D, dtype=torch.float64)
-        covariance = scale[:, None] * dense(law, 0.0) * scale + noise
-        expected = chi_square(shift, covariance, dense(law, sigma))
-        if expected > 0.6:  # some of the sets say infinite
-            continue
-        error = float(upper[:, k].std())  # of one set
-        z = (float(upper[:, k].mean()) - expected) / error
-        assert abs(z - 2) < 5 / math.sqrt(sets) + 0.5  # an error of the errors of a quarter
-    assert expected > 0.05
+        expected = chi_square(shift, scale[:, None] * dense(law, 0.0) * scale + noise, dense(law, sigma))
+        above = float((upper[:, k].mean() - expected) / upper[:, k].std())
+        assert above == pytest.approx(1.6, abs=0.4)
 
 
 @pytest.mark.parametrize("n_classes", [None, 3])
@@ -119,8 +116,8 @@ def test_the_bound_is_infinite_from_where_the_average_is_no_longer_one() -> None
     """Far data: chi-square is above 1 from some level down, and stays unknown below whatever the average says."""
     law = gaussian()
     x = law.sample(100, generator=seeded(6)) + 5.0
-    bound = bound_of(x, law)
-    assert len(bound.sigma) == 40
+    assert len(bound_of(x, law).sigma) == 40
+    bound = bound_of(x, law, sigmas=64 * 2.0 ** -torch.arange(20.0))  # at the lowest, no pair is near: an average of 0
     finite = [math.isfinite(kl) for kl in bound.kl]
     first = finite.index(False)
     assert first > 0
