@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from samplers.gaussian import Gaussian
 
 
+KEPT_NUMBERS = 2**23  # of a stream's samples, at most
 DEAREST = 0.25  # nats of a finite sample's cost, up to which its leading order is most of it
 
 
@@ -53,62 +54,87 @@ class Bound:
         return lowest
 
 
+def kept_count(dim: int, n_classes: int | None) -> int:
+    """How many samples of a stream are kept for a bound: pairs are within a class, so more where there are classes."""
+    return max(8, min(1024 if n_classes is None else 4096, KEPT_NUMBERS // max(1, dim)))
+
+
 class Reservoir:
-    """Up to 1,024 of a stream's samples, all equally likely; no more than 2^26 numbers.
+    """`kept_count` samples of a stream, all equally likely, in buffers that are overwritten."""
 
-    samples [N, ...], and their labels [N], all 0 where none were given.
-    """
-
-    def __init__(self) -> None:
-        self._generator, self._keys = torch.Generator().manual_seed(0), torch.zeros(0)
-        self.samples, self.labels = torch.zeros(0), torch.zeros(0, dtype=torch.int64)
+    def __init__(self, n_classes: int | None = None) -> None:
+        self._generator, self._n_classes = torch.Generator().manual_seed(0), n_classes
+        self._keys, self._samples, self._labels = torch.zeros(0), torch.zeros(0), torch.zeros(0, dtype=torch.int64)
 
     def update(self, x: Tensor, labels: Tensor | None = None) -> None:
         """See samples [B, ...], with labels [B] or without."""
         if not len(x):
             return
-        keys = torch.rand(len(x), generator=self._generator)
-        labels = torch.zeros(len(x), dtype=torch.int64) if labels is None else labels.cpu()
         if not len(self._keys):
-            self.samples = x[:0].detach().cpu()
-        capacity = max(8, min(1024, 2**26 // max(1, x[0].numel())))
-        every = torch.cat([self._keys, keys])
-        chosen = every.topk(min(capacity, len(every)), largest=False, sorted=False).indices.sort().values
-        old, new = chosen[chosen < len(self._keys)], chosen[chosen >= len(self._keys)] - len(self._keys)
-        self.samples = torch.cat([self.samples[old], x.detach()[new.to(x.device)].cpu()])
-        self.labels = torch.cat([self.labels[old], labels[new]])
-        self._keys = every[chosen]
+            capacity = kept_count(x[0].numel(), self._n_classes)
+            self._keys = torch.full((capacity,), math.inf)
+            self._samples = torch.empty((capacity, *x.shape[1:]), dtype=x.dtype)
+            self._labels = torch.zeros(capacity, dtype=torch.int64)
+        place = int(self._keys.argmax())
+        largest = float(self._keys[place])
+        for row, key in enumerate(torch.rand(len(x), generator=self._generator).tolist()):
+            if key >= largest:  # the smallest keys stay
+                continue
+            self._keys[place] = key
+            self._samples[place] = x[row].detach()
+            self._labels[place] = 0 if labels is None else int(labels[row])
+            place = int(self._keys.argmax())
+            largest = float(self._keys[place])
+
+    @property
+    def samples(self) -> Tensor:
+        """[N, ...]."""
+        return self._samples[self._keys < math.inf]
+
+    @property
+    def labels(self) -> Tensor | None:
+        """[N]; None without classes."""
+        return None if self._n_classes is None else self._labels[self._keys < math.inf]
 
 
 @torch.no_grad()
 def bound_of(
     samples: Tensor, gaussian: "Gaussian", labels: Tensor | None = None, sigmas: Tensor | None = None
 ) -> Bound:
-    """What a jump costs at most, from data alone: ln(1 + chi^2) of the noised samples against the Gaussian.
+    """What a jump costs at most, estimated from data alone: ln(1 + chi^2) of noised samples against the Gaussian.
 
     1 + chi^2 = E K(x, x') over independent pairs, with Mehler's kernel K in the Gaussian's own coordinates, by a
-    U-statistic over samples [N, *shape] (all pairs, so N^2 d operations a level); KL <= ln(1 + chi^2). Two standard
+    U-statistic over samples [N, *shape] (all pairs, so N^2 d operations a level); KL <= ln(1 + chi^2). With classes the
+    pairs are within a class, and the cost is the average of the classes' (those with two samples or more). Two standard
     errors and the cost of the Gaussian's own finite sample, twice (the samples may be those that it was fitted to), are
-    on top. Infinite from where chi^2 is above 1, for there the average is no longer one, or that cost above a quarter
-    of a nat, for there its leading order is not all of it. 1 / (1 + chi^2) is the share of effective samples of
-    importance weights at that level. labels: class labels [N] iff the Gaussian has classes. sigmas: falling; by default
-    four to an octave. Raises ValueError for fewer than 8 samples, or ones that are not finite or of another shape, and
-    levels that are not positive or do not fall.
+    on top: an upper limit as far as these samples tell, which does not see modes that none of them is from. Infinite
+    from where chi^2 is above 1, for there the average is no longer one, or that cost above a quarter of a nat, for
+    there its leading order is not all of it. 1 / (1 + chi^2) is the share of effective samples of importance weights.
+    labels: class labels [N] iff the Gaussian has classes. sigmas: falling; by default four to an octave. Raises
+    ValueError for fewer than 8 samples, or ones that are not finite or of another shape, and levels that are not
+    positive or do not fall.
     """
     _check(samples, gaussian, sigmas)
-    z = (samples.flatten(1) - gaussian.mean_of(samples, labels)).cpu()
-    c = torch.zeros(len(z), gaussian.rank, dtype=torch.float64)
-    across = torch.zeros(len(z), len(z), dtype=torch.float64)  # inner products of what lies outside the components
-    for part, components in zip(z.split(4096, 1), gaussian.components.cpu().split(4096, 1), strict=True):
-        c += part.double() @ components.double().mT
-        across += part.double() @ part.double().mT
-    scale = float((across.diagonal().mean() / z.shape[1]).sqrt())
+    flat, labels = samples.flatten(1), None if gaussian.n_classes is None else labels
+    partners = torch.ones(len(flat), len(flat), dtype=torch.bool)
+    if labels is not None:
+        partners = labels.cpu()[:, None] == labels.cpu()
+    partners.fill_diagonal_(False)
+    means = gaussian.mean_of(samples, labels)
+    c = torch.zeros(len(flat), gaussian.rank, dtype=torch.float64)
+    across = torch.zeros(len(flat), len(flat), dtype=torch.float64)  # inner products of what no component holds
+    strips = (t.split(1024, 1) for t in (flat, means, gaussian.components))
+    for part, mean, components in zip(*strips, strict=True):
+        z = (part.cpu() - mean.cpu()).double()
+        c += z @ components.cpu().double().mT
+        across += z @ z.mT
+    scale = float((across.diagonal().mean() / gaussian.dim).sqrt())
     across -= c @ c.mT
     if sigmas is None:
         sigmas = 64.0 * scale * 2 ** (-torch.arange(40, dtype=torch.float64) / 4)
     costs: list[float] = []
     for sigma in sigmas.tolist():
-        costs.append(math.inf if costs and math.isinf(costs[-1]) else _chi_square_bound(c, across, gaussian, sigma))
+        costs.append(math.inf if costs and math.isinf(costs[-1]) else _cost(c, across, partners, gaussian, sigma))
     return Bound(tuple(sigmas.tolist()), tuple(costs))
 
 
@@ -126,12 +152,12 @@ def _check(samples: Tensor, gaussian: "Gaussian", sigmas: Tensor | None) -> None
             raise ValueError(f"sigmas: {levels}; needed are positive levels [L] that fall")
 
 
-def _chi_square_bound(c: Tensor, across: Tensor, gaussian: "Gaussian", sigma: float) -> float:
+def _cost(c: Tensor, across: Tensor, partners: Tensor, gaussian: "Gaussian", sigma: float) -> float:
     """ln(1 + chi^2 + two standard errors) + twice the sampling cost, in nats; infinity where it is unknown."""
     cost = gaussian.sampling_kl(sigma)
     if cost > DEAREST:
         return math.inf
-    variances, n, left = gaussian.variances.cpu(), len(c), gaussian.dim - gaussian.rank
+    variances, left = gaussian.variances.cpu(), gaussian.dim - gaussian.rank
     rho = variances / (variances + sigma**2)
     weight = 1 / (variances + sigma**2) / (1 - rho**2)
     exponent = (c * weight) @ c.mT  # sum rho w w' / (1 - rho^2), with w = c / sqrt(variance)
@@ -143,9 +169,11 @@ def _chi_square_bound(c: Tensor, across: Tensor, gaussian: "Gaussian", sigma: fl
         exponent = exponent + w * across
         single = single + w * r * across.diagonal().clamp_min(0)
         constant -= 0.5 * left * math.log1p(-(r**2))
-    kernel = (constant + exponent - 0.5 * (single[:, None] + single)).exp()
-    kernel.fill_diagonal_(0)
-    rows = kernel.sum(1) / (n - 1)
-    chi2, error = float(rows.mean()) - 1, 2 * float(rows.std()) / math.sqrt(n)
+    kernel = (constant + exponent - 0.5 * (single[:, None] + single)).exp().where(partners, 0.0)
+    pairs = partners.sum(1)
+    rows = kernel.sum(1)[pairs > 0] / pairs[pairs > 0]
+    if len(rows) < 8:
+        return math.inf
+    chi2, error = float(rows.mean()) - 1, 2 * float(rows.std()) / math.sqrt(len(rows))
     upper = chi2 + 2 * error
     return math.log1p(max(0.0, upper)) + 2 * cost if upper < 1 else math.inf

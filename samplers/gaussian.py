@@ -222,7 +222,7 @@ class Gaussian:
         from samplers.moments import Moments
 
         moments: Moments | None = None
-        kept = Reservoir()
+        kept = Reservoir(n_classes)
         for batch in batches:
             x, labels = batch if isinstance(batch, tuple | list) else (batch, None)
             if moments is None:

@@ -106,7 +106,8 @@ def measure(
     exact: Tensor | None = None
     every = [*product(arms(case.gaussian), (False, True), EVALUATIONS), ("dpmpp_2m", False, 16)]
     for name, jump, evaluations in every:
-        file = folder / f"{case.name}-{seed}-{name}-{'jump' if jump else 'plain'}-{evaluations}.json"
+        way = f"from-{case.sigma_skip:.4g}" if jump else "plain"
+        file = folder / f"{case.name}-{seed}-{name}-{way}-{evaluations}.json"
         if not file.is_file():
             x, cond = case.start(max(n, scored), seed)
             if exact is None:
@@ -195,7 +196,7 @@ def mixtures_table(folder: Path, seeds: Iterable[int], n: int = 48, fine: int = 
     return "\n".join(parts)
 
 
-def digits_tables(folder: Path, seeds: Sequence[int], teachers: Path, n: int = 100, scored: int = 400) -> str:
+def digits_tables(folder: Path, seeds: Sequence[int], teachers: Path, n: int = 100, scored: int = 300) -> str:
     """Errors, distances and recall on the digits teacher (seed 0) without and with guidance, by seeds of the noise."""
     train_teacher(teachers, 0)
     held_out = digits("held-out")
