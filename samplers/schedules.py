@@ -64,6 +64,7 @@ def restarted(sigmas: Tensor, sigma: float, steps: int | None = None) -> Tensor:
         raise ValueError(f"sigma: {sigma:.6g} is outside the schedule's levels [{low:.6g}, {high:.6g}]")
     if steps is None:
         steps = len(levels) - int((levels > sigma * (1 + 1e-9)).sum()) - (0 if ends else 1)
+        steps = max(steps, int(sigma > low * (1 + 1e-9)))  # to the last level, if there is one below
     if steps < 1:
         raise ValueError(f"sigma: {sigma:.6g} leaves {steps} steps of the schedule; at least 1 is needed")
 

@@ -88,15 +88,18 @@ def choose_sigma_skip(
     """The lowest noise level whose KL integral, plus 1.645 standard errors, is within the tolerance (nats).
 
     samples [N, *shape]: clean data that the Gaussian was not fitted to (the model's own samples will do); the integral
-    is then KL(p || N) under noised data, and is split into the data's shape and the network's error. Without them it is
-    KL(N || p), under the Gaussian's own law, from `count` points. cond: of the samples, a tensor of N rows or one; by
-    default class labels in turns where the Gaussian has classes. sigma_min, sigma_max: by default the denoiser's.
-    solver, sigmas: what the certificate counts steps for, no lower than which it looks; by default Heun on 18 Karras
-    levels. About ten levels, a
-    factor sqrt 2 apart, are evaluated in batches, and no further than needed: `count` x levels evaluations, once.
+    is then under noised data, KL(p || N) as far as the network is exact, and what it shows of its own error is refused.
+    Without them it is KL(N || p), under the Gaussian's own law, from `count` points. cond: of the samples, tensors of N
+    rows or one; class labels in turns where there are classes and no samples. sigma_min, sigma_max: by default the
+    denoiser's. solver, sigmas: what the certificate counts steps for, by default Heun on 18 Karras levels; no level
+    below the lowest of sigmas is chosen. About ten levels, a factor sqrt 2 apart, are evaluated in batches until the
+    KL is four times the tolerance: `count` x levels evaluations, once. The Gaussian lies on the denoiser's device.
 
-    Raises ValueError if no level meets the tolerance (with the smallest KL there is), if more than half of the KL is
-    the network's own error, if the Gaussian is of too few samples for the tolerance (with how many are needed), for a
+    The KL is that of the marginal law at sigma_skip, which `mode="marginal"` lands on; `mode="ode"` carries along what
+    the start N(0, sigma_max^2) has lost already (`prior_kl`), as every sampler does.
+
+    Raises ValueError if no level meets the tolerance (with the smallest KL there is), if the network's own error is
+    more than half of the KL or hides more of the data's shape than the tolerance, if the Gaussian is of too few samples for the tolerance (with how many are needed), for a
     denoiser that is not finite (with the level), and for samples that are not, or not of the Gaussian's shape.
     """
     if not 0 < tolerance < math.inf:
@@ -104,7 +107,7 @@ def choose_sigma_skip(
     low = sigma_min if sigma_min is not None else getattr(denoiser, "sigma_min", 0.002)
     high = sigma_max if sigma_max is not None else getattr(denoiser, "sigma_max", 80.0)
     if sigmas is not None:
-        low = max(low, float(sigmas[sigmas > 0].min()))
+        low = max([low, *sigmas[sigmas > 0].flatten().tolist()[-1:]])
     if not 0 < low < high < math.inf:
         raise ValueError(f"sigma_min, sigma_max: {low}, {high}; needed is 0 < sigma_min < sigma_max < inf")
     if samples is not None:
@@ -114,7 +117,9 @@ def choose_sigma_skip(
     if count < 8:
         raise ValueError(f"samples, count: {count} points leave no standard error; at least 8 are needed")
     if cond is None and gaussian.n_classes is not None:
-        cond = torch.arange(count) % gaussian.n_classes
+        if samples is not None:
+            raise ValueError(f"cond: None; needed are the class labels [{count}] of the samples")
+        cond = torch.arange(count, device=gaussian.mean.device) % gaussian.n_classes
     integral = _Integral(denoiser, gaussian, samples, cond, count, batch, generator)
 
     sigma, limit = high, 4 * tolerance

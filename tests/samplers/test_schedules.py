@@ -155,7 +155,7 @@ def test_a_schedule_of_one_step_restarts_as_one_step() -> None:
     with pytest.raises(ValueError, match=r"sigma: 8.4 is outside the schedule's levels \[80, 80\]"):
         restarted(one, 8.4)
     two = torch.tensor([80.0, 1.0], dtype=torch.float64)
-    assert restarted(two, 8.4, 1).tolist() == [8.4, 1.0]
+    assert restarted(two, 8.4).tolist() == [8.4, 1.0]
     assert restarted(karras_sigmas(18), 0.002).tolist() == pytest.approx([0.002, 0.0])
 
 

@@ -130,6 +130,30 @@ def test_a_gaussian_that_is_the_law_carries_to_the_lowest_level() -> None:
     assert skip.nfe_after == 1
 
 
+def test_it_looks_no_lower_than_the_schedule_goes() -> None:
+    _, gaussian = mixture()
+    skip = choose_sigma_skip(gaussian, gaussian, count=8, sigmas=karras_sigmas(6, 0.5), generator=seeded(0))
+    assert 0.5 <= skip.sigma_skip < 0.5 * math.sqrt(2)
+    assert (skip.steps, skip.nfe_after) == (6, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_samples_of_less_precision_give_the_same_certificate(dtype) -> None:
+    denoiser, gaussian = mixture()
+    samples = denoiser.sample(64, generator=seeded(1)).to(dtype)
+    ours, theirs = (
+        choose_sigma_skip(
+            lambda x, sigma, cond=None: denoiser(x.double(), sigma.double()).to(x),
+            gaussian,
+            samples=given,
+            sigmas=None,
+            generator=seeded(2),
+        )
+        for given in (samples, samples.float())
+    )
+    assert ours.sigma_skip == pytest.approx(theirs.sigma_skip, rel=1e-6)
+
+
 def two_sample_p_value(x: Tensor, y: Tensor, generator: torch.Generator) -> float:
     """Of the kernel two-sample statistic (Gretton et al. 2012) with exp(-2 |x - y|), by 499 permutations."""
     joined, n = torch.cat([x, y]), len(x)
