@@ -96,7 +96,7 @@ class Gaussian:
     def __call__(self, x: Tensor, sigma: Level, cond: Any = None) -> Tensor:
         """The posterior mean E[x0 | x = x0 + sigma eps], like x [B, *shape]; linear in x."""
         z, mean, noise = self._centred(x, cond), self.mean_of(x, cond), self._level(sigma, x) ** 2
-        gains = [torch.where(noise > 0, v / (v + noise), 1.0) for v in self._spectrum(x)]
+        gains = [torch.where(noise == 0, 1.0, v / (v + noise)) for v in self._spectrum(x)]
         return self._shaped(mean + self.apply((gains[0], gains[1], z)), x)
 
     def transport(

@@ -27,9 +27,9 @@ class Skip:
     """A certificate: from sigma_max to sigma_skip a Gaussian stands in for the model, at a cost of kl nats.
 
     kl, kl_error: KL between the law at sigma_skip of what was integrated (`direction` says which way) and the jump's,
-    and its standard error; kl + 1.645 kl_error is within the tolerance. network_error: of kl, the part (nats) that is
-    the network's own error rather than the data's shape, and its standard error; None without samples. prior_kl: what
-    starting from N(0, sigma_max^2) costs any sampler, jump or not (only `mode="marginal"` repairs it). count: of
+    and its standard error; kl + 1.645 kl_error is within the tolerance. network_error: the integral of
+    (D - D_N) . (D - D_p), which is 0 for an exact network, and its standard error; None without samples. prior_kl: what
+    starting from N(0, sigma_max^2) costs any sampler, jump or not (only `mode="marginal"` repairs it). count, shape: of
     points. sigmas, kls, errors: the whole curve. steps, skipped, nfe, nfe_after: of the solver and schedule that it was
     made for; `on` makes it for another.
     """
@@ -43,6 +43,7 @@ class Skip:
     network_error: tuple[float, float] | None
     prior_kl: float
     count: int
+    shape: tuple[int, ...]
     sigmas: tuple[float, ...]
     kls: tuple[float, ...]
     errors: tuple[float, ...]
@@ -55,8 +56,9 @@ class Skip:
         """The same certificate for another solver and schedule [steps + 1]."""
         below = self.grid(sigmas)
         steps, left = (len(grid) - 1 for grid in (sigmas, below))
-        before, after = (nfe(solver, grid) for grid in (sigmas, below))
-        return replace(self, steps=steps, skipped=steps - left, nfe=before, nfe_after=after)
+        before, after = (nfe(solver, grid, self.shape) for grid in (sigmas, below))
+        start = float(sigmas[0])
+        return replace(self, sigma_max=start, steps=steps, skipped=steps - left, nfe=before, nfe_after=after)
 
     def grid(self, sigmas: Tensor) -> Tensor:
         """A schedule, rebuilt to start at sigma_skip with as many steps fewer as it has levels above."""
@@ -99,8 +101,9 @@ def choose_sigma_skip(
     the start N(0, sigma_max^2) has lost already (`prior_kl`), as every sampler does.
 
     Raises ValueError if no level meets the tolerance (with the smallest KL there is), if the network's own error is
-    more than half of the KL or hides more of the data's shape than the tolerance, if the Gaussian is of too few samples for the tolerance (with how many are needed), for a
-    denoiser that is not finite (with the level), and for samples that are not, or not of the Gaussian's shape.
+    more than half of the KL or hides more of the data's shape than the tolerance, if the Gaussian is of too few samples
+    for the tolerance (with how many are needed), for a denoiser that is not finite (with the level), for samples that
+    are not, or not of the Gaussian's shape, or without their class labels where the Gaussian has classes.
     """
     if not 0 < tolerance < math.inf:
         raise ValueError(f"tolerance: {tolerance} nats is not positive and finite")
@@ -236,7 +239,7 @@ def _certificate(integral: _Integral, tolerance: float, high: float, solver: Sol
     known = "KL(N || p)" if integral.samples is None else "KL(p || N)"
     if uppers[0] > tolerance:
         if integral.errors:
-            _refuse_own_error(_estimate(integral.error_totals[0]), estimates[0][0], integral.sigmas[0])
+            _refuse_own_error(_estimate(integral.error_totals[0]), estimates[0][0], integral.sigmas[0], tolerance)
         raise ValueError(
             f"tolerance: {tolerance:g} nats is met at no noise level, so nothing can be skipped; the smallest {known} "
             f"is {estimates[0][0]:.3g} +- {estimates[0][1]:.2g} nats, at sigma {integral.sigmas[0]:.4g}"
@@ -257,7 +260,7 @@ def _certificate(integral: _Integral, tolerance: float, high: float, solver: Sol
     kl, kl_error = _estimate(total)
     network = _estimate(error[0]) if error else None
     if network is not None:
-        _refuse_own_error(network, kl, sigma)
+        _refuse_own_error(network, kl, sigma, tolerance)
     if gaussian.sampling_kl(sigma) > tolerance:
         raise ValueError(f"gaussian: cannot be certified to {tolerance:g} nats{_too_few(gaussian, sigma, tolerance)}")
     skip = Skip(
@@ -268,8 +271,9 @@ def _certificate(integral: _Integral, tolerance: float, high: float, solver: Sol
         tolerance=tolerance,
         direction=known,
         network_error=network,
-        prior_kl=_prior_kl(gaussian, high),
+        prior_kl=_prior_kl(gaussian, float(sigmas[0])),
         count=len(total),
+        shape=gaussian.shape,
         sigmas=tuple(integral.sigmas),
         kls=tuple(mean for mean, _ in estimates),
         errors=tuple(error for _, error in estimates),
@@ -277,12 +281,27 @@ def _certificate(integral: _Integral, tolerance: float, high: float, solver: Sol
     return skip.on(solver, sigmas)
 
 
-def _refuse_own_error(network: tuple[float, float], kl: float, sigma: float) -> None:
-    if network[0] - CONFIDENT * network[1] > kl / 2:
-        raise ValueError(
-            f"denoiser: {network[0]:.3g} +- {network[1]:.2g} of the {kl:.3g} nats down to sigma {sigma:.4g} are its "
-            "own error, not the data's shape; a jump cannot be certified by it (`bound_of` needs no network)"
+def _refuse_own_error(network: tuple[float, float], kl: float, sigma: float, tolerance: float) -> None:
+    """Raise ValueError for a network whose distance to the Gaussian says too little of the data's.
+
+    With e = E (D - D_N) . (D - D_p), integrated, the data's own KL is at least (kl - e)^2 / kl (Cauchy-Schwarz): e is
+    positive for a network that errs away from the Gaussian, negative for one that falls short of the data's shape.
+    """
+    error, spread = network[0], CONFIDENT * network[1]
+    hidden = max(0.0, kl - error - spread) ** 2 / kl if kl > 0 else 0.0
+    if error - spread > kl / 2:
+        told = f"of the {kl:.3g} nats down to sigma {sigma:.4g} are its own error, not the data's shape"
+    elif error + spread < -kl / 2 or (error + spread < 0 and hidden > tolerance):
+        told = (
+            f"of own error beside {kl:.3g} nats down to sigma {sigma:.4g}: it falls short of the data's shape, "
+            f"which is at least {hidden:.3g} nats from the Gaussian"
         )
+    else:
+        return
+    raise ValueError(
+        f"denoiser: {network[0]:.3g} +- {network[1]:.2g} {told}; a jump cannot be certified by it (`bound_of` needs no "
+        "network)"
+    )
 
 
 def _too_few(gaussian: Gaussian, sigma: float, tolerance: float) -> str:

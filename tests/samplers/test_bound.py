@@ -192,3 +192,28 @@ def test_bad_input_raises(field, bad) -> None:
 def test_labels_are_needed_where_there_are_classes() -> None:
     with pytest.raises(ValueError, match="class labels"):
         bound_of(torch.zeros(20, D).double(), gaussian(n_classes=3))
+
+
+def test_classes_of_two_points_each_are_seen_where_their_pool_is_normal() -> None:
+    """Class c is at plus or minus a_c: the pooled residuals are a Gaussian's, and every class is far from one."""
+    points = torch.randn((50, 2), generator=seeded(0))
+    labels = torch.arange(4000) % 50
+    sign = 2.0 * torch.randint(2, (4000, 1), generator=seeded(1)) - 1
+    x = points[labels] * sign
+    gaussian = Gaussian(
+        torch.zeros(50, 2), torch.eye(2), torch.linalg.eigvalsh(torch.cov(points.T)).flip(0), 0.0, n_classes=50
+    )
+    for level in (2.0, 1.4):
+        noised = x + level * torch.randn(x.shape, generator=seeded(2))
+        each = torch.stack([noised + points[labels], noised - points[labels]]).square().sum(2) / (-2 * level**2)
+        own = each.logsumexp(0) - math.log(2) - math.log(2 * math.pi * level**2)
+        nats = own - gaussian.log_density(noised, level, labels)
+        bound = bound_of(x, gaussian, labels, torch.tensor([level], dtype=torch.float64)).kl[0]
+        assert float(nats.mean() - 4 * nats.std() / 4000**0.5) > 0.01
+        assert float(nats.mean()) < bound
+
+
+def test_classes_without_a_pair_say_nothing() -> None:
+    labels = torch.arange(9)
+    gaussian = Gaussian(torch.zeros(9, 2), torch.eye(2), torch.ones(2), 0.0, n_classes=9)
+    assert bound_of(torch.randn((9, 2), generator=seeded(0)), gaussian, labels).kl[0] == math.inf

@@ -16,6 +16,7 @@ from samplers import (
     choose_sigma_skip,
     dpmpp_2m,
     exponential_sigmas,
+    gaussian_exponential,
     heun,
     karras_sigmas,
     nfe,
@@ -272,7 +273,7 @@ def test_the_price_of_the_start_is_the_kl_of_two_gaussians(rank, rest, n_classes
 
 def certificate(sigma_skip: float = 8.4, **others: Any) -> Skip:
     values = {"sigma_max": 80.0, "kl": 0.041, "kl_error": 0.006, "tolerance": 0.05, "direction": MODEL}
-    values |= {"network_error": None, "prior_kl": 0.0, "count": 8, "sigmas": (), "kls": (), "errors": ()}
+    values |= {"network_error": None, "prior_kl": 0.0, "count": 8, "shape": (4,), "sigmas": (), "kls": (), "errors": ()}
     return Skip(sigma_skip, **(values | others))
 
 
@@ -304,6 +305,40 @@ def test_the_evaluations_it_counts_are_those_made(solver, landing, mode) -> None
         assert len(skip.grid(sigmas)) == skip.steps - skip.skipped + 1
 
 
+def test_samples_without_their_labels_are_refused() -> None:
+    law = Labelled(classes=4)
+    samples = law.sample(torch.arange(100) % 4, 0.0, seeded(1))
+    with pytest.raises(ValueError, match=r"cond: None; needed are the class labels \[100\] of the samples"):
+        choose_sigma_skip(law, law.gaussian, samples=samples, sigma_max=10.0)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.1])
+def test_a_network_that_falls_short_of_the_data_certifies_nothing(share) -> None:
+    """Drawn to the Gaussian, it is near to it where the data is not; what is said of the data is true of it."""
+    denoiser, gaussian = mixture(rotated=True)
+
+    def shrunk(x: Tensor, sigma: Tensor, cond: Any = None) -> Tensor:
+        return torch.lerp(gaussian(x, sigma), denoiser(x, sigma), share)
+
+    samples = denoiser.sample(512, generator=seeded(1))
+    with pytest.raises(ValueError, match=r"falls short of the data's shape") as refusal:
+        choose_sigma_skip(shrunk, gaussian, samples=samples, generator=seeded(2))
+    said = str(refusal.value)
+    least, sigma = float(said.split("at least ")[1].split()[0]), float(said.split("down to sigma ")[1].split(":")[0])
+    x = denoiser.sample(4000, sigma, generator=seeded(3))
+    nats = denoiser.log_density(x, sigma) - gaussian.log_density(x, sigma)
+    assert 0.05 < least < float(nats.mean() + 4 * nats.std() / 4000**0.5)
+
+
+def test_a_certificate_tells_of_the_schedule_it_is_for_and_of_solvers_that_need_the_shape() -> None:
+    denoiser, gaussian = mixture()
+    own = partial(gaussian_exponential, gaussian=gaussian)
+    sigmas = karras_sigmas(10, 0.01, 20.0)
+    skip = choose_sigma_skip(denoiser, gaussian, count=64, solver=own, sigmas=sigmas, generator=seeded(2))
+    assert (skip.sigma_max, skip.on(heun, karras_sigmas(18)).sigma_max) == pytest.approx((20.0, 80.0))
+    assert (skip.nfe, skip.shape) == (10, gaussian.shape)
+
+
 def test_a_denoiser_that_is_not_finite_raises_with_the_level() -> None:
     denoiser, gaussian = mixture()
 
@@ -329,8 +364,9 @@ def test_a_condition_has_a_row_for_each_point_or_one_for_all(form) -> None:
     given: Any = {"turns": None, "rows": labels, "one row": torch.tensor([2]), "dict": {"class_labels": labels}}[form]
     drawn = torch.full((100,), 2) if form == "one row" else labels
     samples = law.sample(drawn, 0.0, seeded(1))
+    own = None if form == "turns" else samples
     with_labels = choose_sigma_skip(
-        watched, law.gaussian, samples=samples, cond=given, batch=30, sigma_max=10.0, generator=seeded(2)
+        watched, law.gaussian, samples=own, cond=given, count=100, batch=30, sigma_max=10.0, generator=seeded(2)
     )
     assert [len(part) for part in seen[:4]] == [30, 30, 30, 10]
     assert torch.equal(torch.cat(seen[:4]), drawn)
