@@ -4,8 +4,8 @@ denoiser   what everything here consumes: D(x, sigma) = E[x0 | x]; score, classi
 schedules  noise levels to step through: 1-D tensors that fall to 0
 solvers    euler, heun, ancestral, dpmpp_2m, gaussian_exponential: generators of State; sample drains one
 gaussian   Gaussian: denoiser and probability-flow ODE in closed form; moments fits it to a stream of data
-teleport   how far down a Gaussian may carry a sample, certified (bound: from data alone); a solver from there
-pipelines  the same in any diffusers pipeline
+skip       how far down a Gaussian may carry a sample, certified (bound: from data alone); a solver from there
+pipelines  teleport: the same in diffusers pipelines (teleport_scheduler, teleport_checks)
 mixture    GaussianMixture: exact denoiser and log-density at every noise level
 adapters   a diffusers model and its scheduler -> a denoiser
 noise      random numbers that belong to a sample, whatever its batch or process
@@ -19,6 +19,7 @@ from samplers.mixture import GaussianMixture
 from samplers.noise import SampleNoise, normal_like
 from samplers.pipelines import teleport
 from samplers.schedules import exponential_sigmas, flow_sigmas, karras_sigmas
+from samplers.skip import choose_sigma_skip, teleported
 from samplers.solvers import (
     SOLVERS,
     Solver,
@@ -31,7 +32,6 @@ from samplers.solvers import (
     nfe,
     sample,
 )
-from samplers.teleport import choose_sigma_skip, teleported
 
 __all__ = [
     "SOLVERS",

@@ -80,7 +80,8 @@ class Gaussian:
             raise ValueError("components: are not orthonormal")
         self.mean, self.variances, self.rest = mean, variances.double(), float(rest)
         self.components = components.contiguous()  # as a file has it: a loaded Gaussian has the same rounding
-        self._placed: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
+        self._flat_directions = bool((variances == 0).any()) or (rank < self.dim and not self.rest)
+        self._placed: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor, Tensor, Tensor]] = {}
 
     @property
     def rank(self) -> int:
@@ -119,18 +120,14 @@ class Gaussian:
         """
         if mode not in ("ode", "marginal") or path not in PATHS:
             raise ValueError(f"mode, path: {mode!r}, {path!r}; accepted are ode, marginal and {', '.join(PATHS)}")
-        levels = [self._level(sigma, x) for sigma in (sigma_from, sigma_to)]
-        if path == "ve" and not all(bool(level.isfinite().all()) for level in levels):
+        if path == "ve" and any(_lies(sigma, lambda v: v.isinf()) for sigma in (sigma_from, sigma_to)):
             raise ValueError("sigma_from, sigma_to: are infinite; only the paths vp and flow reach there")
+        if (mode == "marginal" or self._flat_directions) and _lies(sigma_from, lambda v: v == 0):
+            raise ValueError("sigma_from: 0 leaves nothing to scale in a direction without variance")
+        levels = (self._level(sigma, x) for sigma in (sigma_from, sigma_to))
         (alpha, s), (alpha_to, s_to) = (PATHS[path](level) for level in levels)
         spectrum = self._spectrum(x)
         before = [alpha**2 * v + s**2 if mode == "ode" else s**2 for v in spectrum]
-        if any(
-            bool((v <= 0).any())
-            for v, directions in zip(before, (self.rank, self.dim - self.rank), strict=True)
-            if directions
-        ):
-            raise ValueError("sigma_from: 0 leaves nothing to scale in a direction without variance")
         gains = [((alpha_to**2 * v + s_to**2) / b).sqrt() for v, b in zip(spectrum, before, strict=True)]
         mean = self.mean_of(x, cond)
         z = self._flat(x)
@@ -192,6 +189,8 @@ class Gaussian:
 
     def samples_needed(self, sigma: float, tolerance: float) -> int:
         """How many samples make `sampling_kl` at noise level sigma no more than the tolerance, in nats."""
+        if not tolerance > 0:
+            raise ValueError(f"tolerance: {tolerance} nats is not positive")
         return math.ceil(self._nats_times_count(sigma) / tolerance)
 
     def _nats_times_count(self, sigma: float) -> float:
@@ -274,12 +273,19 @@ class Gaussian:
                 f"gaussian: {path} cannot be read as a Gaussian ({error or type(error).__name__})"
             ) from error
 
-    def _at(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The means [K or 1, d] and the components [rank, d] where and in what x is computed."""
+    def _at(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Where and in what x is computed: means [K or 1, d], components [rank, d]; variances [1, rank] and rest [1, 1]
+        in float64. They are copied there once."""
         dtype = x.dtype if x.dtype == torch.float64 else torch.float32
         key = (x.device, dtype)
         if key not in self._placed:
-            self._placed[key] = (self.mean.reshape(-1, self.dim).to(*key), self.components.to(*key))
+            rest = self.rest if self.rank < self.dim else 1.0  # of no direction: any number whose gain is finite
+            self._placed[key] = (
+                self.mean.reshape(-1, self.dim).to(*key),
+                self.components.to(*key),
+                self.variances.to(x.device)[None],
+                torch.full((1, 1), rest, dtype=torch.float64, device=x.device),
+            )
         return self._placed[key]
 
     def _flat(self, x: Tensor) -> Tensor:
@@ -296,9 +302,10 @@ class Gaussian:
         if not isinstance(cond, Tensor) or cond.shape not in ((len(x),), (1,), ()) or cond.is_floating_point():
             given = f"shape {list(cond.shape)}" if isinstance(cond, Tensor) else repr(cond)
             raise ValueError(f"cond: {given}; needed are class labels [{len(x)}] in 0 .. {self.n_classes - 1}")
-        labels = cond.reshape(-1).to(means.device)
-        if bool(((labels < 0) | (labels >= self.n_classes)).any()):
+        labels, known = cond.reshape(-1), self.n_classes
+        if _lies(labels, lambda v: (v < 0) | (v >= known)):
             raise ValueError(f"cond: holds the label {int(labels.max())}; known are 0 .. {self.n_classes - 1}")
+        labels = labels.to(means.device)
         return means[labels]
 
     def _centred(self, x: Tensor, cond: Any) -> Tensor:
@@ -306,16 +313,26 @@ class Gaussian:
 
     def _level(self, sigma: Level, x: Tensor) -> Tensor:
         """sigma as [B or 1, 1], float64, on x's device."""
+        if _lies(sigma, lambda v: ~(v >= 0)):
+            raise ValueError(
+                f"sigma: {sigma if isinstance(sigma, float | int) else sigma.tolist()}; needed is 0 or more"
+            )
         level = torch.as_tensor(sigma, dtype=torch.float64, device=x.device)
         return expand(level, x.new_empty((len(x), 1), dtype=torch.float64)).reshape(-1, 1)
 
     def _spectrum(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The variances [1, rank] and the rest [1, 1], float64, on x's device."""
-        rest = self.rest if self.rank < self.dim else 1.0  # of no direction: any number whose gain is finite
-        return self.variances.to(x.device)[None], torch.full((1, 1), rest, dtype=torch.float64, device=x.device)
+        return self._at(x)[2:]
 
     def _shaped(self, flat: Tensor, x: Tensor) -> Tensor:
         return flat.reshape(-1, *self.shape).to(x.dtype)
+
+
+def _lies(value: Level, where: Callable[[Tensor], Tensor]) -> bool:
+    """Whether any number is where it should not be; of a tensor that is not on the CPU, where a look would wait for the
+    device, False (its result is NaN, or torch's own error)."""
+    value = torch.as_tensor(value)
+    return value.device.type == "cpu" and bool(where(value).any())
 
 
 def _eta(root: Tensor, level: Tensor) -> Tensor:

@@ -57,6 +57,7 @@ class Moments:
         self._rows: Tensor | None = None  # first the kept rows S V^T of the incremental way, then the pending ones
         self._labels = torch.zeros(0, dtype=torch.int64)
         self._kept = self._pending = 0
+        self.low, self.high = math.inf, -math.inf  # the smallest and the largest number so far
 
     @property
     def count(self) -> int:
@@ -78,7 +79,8 @@ class Moments:
             return
         rows = x.detach().reshape(len(x), self.dim)
         dtype = torch.promote_types(x.dtype, torch.float32 if self._rows is None else self._rows.dtype)
-        self._check_values(rows, dtype)
+        low, high = self._check_values(rows, dtype)
+        self.low, self.high = min(self.low, low), max(self.high, high)
 
         buffer = self._buffer(dtype)
         while len(rows):
@@ -108,6 +110,7 @@ class Moments:
         self._means += delta * (m / both)
         self.counts += other.counts
         self._trace += other._trace + float(shifts.square().sum())
+        self.low, self.high = min(self.low, other.low), max(self.high, other.high)
         if other._scatter is not None:
             scatter = shifts.mT @ shifts
             scatter += other._scatter
@@ -133,12 +136,13 @@ class Moments:
             "means": self._means.clone(),
             "scatter": torch.zeros(0, self.dim) if scatter is None else scatter.clone(),
             "trace": torch.tensor(self._trace, dtype=torch.float64),
+            "extremes": torch.tensor([self.low, self.high], dtype=torch.float64),
         }
 
     @classmethod
     def from_state(cls, state: dict[str, Tensor]) -> Self:
         """The moments that `state` wrote down. Raises ValueError for anything else."""
-        missing = {"shape", "settings", "counts", "means", "scatter", "trace"} - set(state)
+        missing = {"shape", "settings", "counts", "means", "scatter", "trace", "extremes"} - set(state)
         if missing:
             raise ValueError(f"state: lacks {', '.join(sorted(missing))}; it is not one of moments")
         n_classes, capacity, block, full = state["settings"].tolist()
@@ -149,6 +153,7 @@ class Moments:
         moments.capacity = capacity
         moments.counts, moments._means = state["counts"].clone(), state["means"].clone()
         moments._trace = float(state["trace"])
+        moments.low, moments.high = state["extremes"].tolist()
         if len(scatter) and full:
             moments._scatter = scatter.clone()
         elif len(scatter):
@@ -162,7 +167,8 @@ class Moments:
         """The Gaussian of all that was seen, its covariance divided by N - K, K the number of classes.
 
         rank None keeps as few directions as cost a tenth of the tolerance (in nats) at the lowest noise level at which
-        so many samples are enough for the tolerance at all: below, no jump could be certified.
+        so many samples are enough for the tolerance at all: below, no jump could be certified. The smallest and the
+        largest number of the samples are added to the facts, as `extremes`.
         Raises ValueError for fewer than K + 1 samples or a class without any, and a rank above what they span.
         """
         if not tolerance > 0:
@@ -197,7 +203,7 @@ class Moments:
             rest,
             n_classes=self.n_classes,
             count=self.count,
-            facts=facts,
+            facts={"extremes": [self.low, self.high]} | (facts or {}),
         )
 
     def _checked(self, labels: Tensor | None, batch: int) -> Tensor:
@@ -213,7 +219,8 @@ class Moments:
             raise ValueError(f"labels: {labels.tolist()[:8]} are not all in 0 .. {self.n_classes - 1}")
         return labels
 
-    def _check_values(self, rows: Tensor, dtype: torch.dtype) -> None:
+    def _check_values(self, rows: Tensor, dtype: torch.dtype) -> tuple[float, float]:
+        """The smallest and the largest number."""
         low, high = (float(v) for v in torch.aminmax(rows))  # NaN if there is one
         if not (math.isfinite(low) and math.isfinite(high)):
             bad = (~torch.isfinite(rows)).any(1).nonzero()[:, 0].tolist()
@@ -224,6 +231,7 @@ class Moments:
         largest = max(-low, high)
         if largest > (limit := math.sqrt(torch.finfo(dtype).max / self.dim) / 1e4):
             raise ValueError(f"batches: hold {largest:.3g}; sums of squares of {dtype} are finite up to {limit:.0g}")
+        return low, high
 
     def _buffer(self, dtype: torch.dtype) -> Tensor:
         """Where rows are kept and wait, at least of this dtype."""

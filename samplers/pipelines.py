@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor
 
 from samplers.gaussian import Gaussian, Mode
-from samplers.teleport import Skip
+from samplers.skip import Skip
 from samplers.teleport_checks import (
     check_gaussian,
     check_scheduler,
@@ -36,8 +36,9 @@ _HOOK = "teleport"
 class Run:
     """What one call of the pipeline did. An NFE is one prediction, guided or not; network_calls are the network's own.
 
-    sigma_from, sigma_to: noise levels s / alpha before and after the jump. kl: at most so many nats are lost by
-    starting at sigma_to, plus or minus kl_error; None where nothing is known.
+    sigma_from, sigma_to: noise levels s / alpha before and after the jump. kl: so many nats are lost by starting at
+    sigma_to, plus or minus kl_error (a certificate's), or at most (the Gaussian's bound, an estimate with two standard
+    errors on top; kl_error is 0); None where nothing is known.
     """
 
     steps: int
@@ -150,10 +151,10 @@ class Teleport:
             )
         parts = [f"skipped {run.skipped} of {run.steps} steps, sigma {run.sigma_from:.3g} -> {run.sigma_to:.3g}"]
         if run.kl is not None:
-            error = f" +- {run.kl_error:.1g}" if run.kl_error else ""
+            cost = f"{run.kl:.2g} +- {run.kl_error:.1g}" if run.kl_error else f"<= {run.kl:.2g}"
             # One Gaussian for all classes or prompts says nothing of the law under one of them.
             pooled = self.family.conditions if self.gaussian.n_classes is None else None
-            parts.append(f"KL <= {run.kl:.2g}{error} nats" + (f" over all {pooled}" if pooled else ""))
+            parts.append(f"KL {cost} nats" + (f" over all {pooled}" if pooled else ""))
         parts.append(f"{run.nfe_before} -> {run.nfe} NFE")
         if run.guidance:
             parts.append(f"guidance below {run.sigma_to:.3g} only")
@@ -185,6 +186,8 @@ class Teleport:
     def _answer(self, network: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
         """What the network's call gives if nothing will read it; None if it has to be made."""
         jump = self._jump
+        if jump is not None and self.pipe.scheduler is not jump.scheduler:
+            raise ValueError("scheduler: was replaced while the pipeline jumps; detach first, and attach again")
         if jump is None or not jump.pending:
             if jump is not None and jump.grid is not None and jump.grid.landing and kwargs.get("skip_layers"):
                 raise ValueError("skip_guidance_layers: starts and stops at steps by number; accepted is None")
@@ -261,7 +264,7 @@ def teleport(
 
     gaussian: of the pipeline's samples: pixels in [-1, 1], or latents as they are diffused (scaled) with
     facts["vae"] = vae_facts(pipe.vae). sigma_skip: the noise level s / alpha above which the network is not asked: your
-    own, a certificate of `samplers.teleport.choose_sigma_skip`, or None for the lowest level at which
+    own, a certificate of `samplers.skip.choose_sigma_skip`, or None for the lowest level at which
     gaussian.bound is within the tolerance, in nats. mode: `ode` keeps the noise's image, `marginal` also repairs the
     difference between the pipeline's noise and the noised data.
     The KL is of the law that the Gaussian was fitted to: all classes or prompts together, if it has no class means.

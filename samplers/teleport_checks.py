@@ -3,6 +3,7 @@
 import hashlib
 import math
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -47,20 +48,39 @@ def vae_facts(vae: Any) -> dict[str, Any]:
     """What tells one VAE's latents from another's: class, scaling and shift, and SHA-256 of the weights by dtype.
 
     A hash is over the names and the bytes of the state dict in the order of names; one in float32 has its float16 and
-    bfloat16 copies' hashes too.
+    bfloat16 copies' hashes too. Raises ValueError for weights that are offloaded to no device.
     """
     own = next(vae.parameters()).dtype
-    dtypes = _DTYPES if own == torch.float32 else (own,)
+    hashes = weight_hashes(vae, _DTYPES if own == torch.float32 else (own,))
+    vae = getattr(vae, "_orig_mod", vae)  # of torch.compile
+    settings = {name: vae.config.get(name) for name in _VAE}
+    settings = {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}  # as JSON
+    return {"class": type(vae).__name__, "sha256": hashes} | settings
+
+
+_HASHES: WeakKeyDictionary[Any, tuple[Any, dict[str, str]]] = WeakKeyDictionary()
+
+
+def weight_hashes(module: Any, dtypes: tuple[torch.dtype, ...]) -> dict[str, str]:
+    """SHA-256 of a module's weights as they are in each dtype, by its name; kept as long as no weight is written to."""
+    module = getattr(module, "_orig_mod", module)
+    state = sorted(module.state_dict(keep_vars=True).items())
+    if any(value.is_meta for _, value in state):
+        raise ValueError(
+            f"vae: the weights of this {type(module).__name__} are offloaded; attach before you offload them"
+        )
+    stamp = (dtypes, [(name, value.data_ptr(), value._version) for name, value in state])
+    if module in _HASHES and _HASHES[module][0] == stamp:
+        return _HASHES[module][1]
     digests = {dtype: hashlib.sha256() for dtype in dtypes}
-    for name, value in sorted(vae.state_dict().items()):
+    for name, value in state:
         for dtype, digest in digests.items():
             cast = value.detach().cpu().to(dtype if value.is_floating_point() else value.dtype).contiguous()
             digest.update(name.encode())
             digest.update(cast.reshape(-1).view(torch.uint8).numpy().tobytes())
     hashes = {str(dtype).removeprefix("torch."): digest.hexdigest() for dtype, digest in digests.items()}
-    settings = {name: vae.config.get(name) for name in _VAE}
-    settings = {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}  # as JSON
-    return {"class": type(vae).__name__, "sha256": hashes} | settings
+    _HASHES[module] = stamp, hashes
+    return hashes
 
 
 def family_of(pipe: Any) -> Family:
@@ -95,10 +115,12 @@ def check_scheduler(pipe: Any, family: Family) -> None:
 def check_gaussian(pipe: Any, family: Family, gaussian: Gaussian) -> None:
     """Raise ValueError for a Gaussian of another shape, other classes, another range or VAE than the pipeline's."""
     kind, network = type(pipe).__name__, getattr(pipe, family.network)
+    if not isinstance(gaussian, Gaussian):
+        raise ValueError(f"gaussian: is a {type(gaussian).__name__}; needed is a Gaussian (Gaussian.load reads a file)")
     theirs = list(latent_shape(network, family))
-    ours = list(gaussian.shape) if not family.packed else list(gaussian.shape[:1])
+    ours = list(gaussian.shape)[: len(theirs)]  # the size of pictures of prompts is the call's, which is checked too
     if ours != theirs or len(gaussian.shape) != 3:
-        of = "channels" if family.packed else "shape"
+        of = "channels" if len(theirs) == 1 else "shape"
         raise ValueError(f"gaussian: has {of} {ours}; those of {kind}'s samples are {theirs}")
 
     classes = network.config.get("num_embeds_ada_norm") if family.conditions == "classes" else None
@@ -114,6 +136,9 @@ def check_gaussian(pipe: Any, family: Family, gaussian: Gaussian) -> None:
             raise ValueError(
                 f"gaussian: was fitted to pixels in {list(facts['range'])}; those of {kind} are in [-1, 1]"
             )
+        low, high = facts.get("extremes") or (-1.0, 1.0)
+        if low >= 0 or high <= 0 or max(-low, high) > 2:
+            raise ValueError(f"gaussian: was fitted to numbers in [{low:g}, {high:g}]; {kind}'s pixels are in [-1, 1]")
         return
     if facts.get("vae") is None:
         raise ValueError(f"gaussian: was fitted to pixels (facts['vae'] is None); {kind} samples latents of its VAE")
@@ -137,10 +162,10 @@ def _listed(hashes: dict[str, str]) -> str:
 
 
 def latent_shape(network: Any, family: Family) -> tuple[int, ...]:
-    """The shape of a sample, [C, h, w]; of packed ones, whose size is the call's, [C]."""
+    """The shape of a sample, [C, h, w]; of pictures of prompts, whose size is the call's, [C]."""
     config = network.config
-    if family.packed:
-        return (config.in_channels // 4,)
+    if family.conditions == "prompts":
+        return (config.in_channels // 4 if family.packed else config.in_channels,)
     size = config.sample_size
     return (config.in_channels, *((size, size) if isinstance(size, int) else size))
 
@@ -158,7 +183,11 @@ def conditional_labels(labels: Tensor, x: Tensor, null: int) -> tuple[Tensor, bo
 
 
 def check_sigma_skip(sigma_skip: float) -> float:
-    """sigma_skip as it is. Raises ValueError for one that is not a positive number."""
-    if isinstance(sigma_skip, bool) or not isinstance(sigma_skip, int | float) or not 0 < sigma_skip <= math.inf:
+    """sigma_skip as a float. Raises ValueError for one that is not a positive number."""
+    try:
+        level = math.nan if isinstance(sigma_skip, bool | str) else float(sigma_skip)
+    except (TypeError, ValueError, RuntimeError):
+        level = math.nan
+    if not 0 < level <= math.inf:
         raise ValueError(f"sigma_skip: {sigma_skip!r}; accepted are a positive number, a certificate and None")
-    return float(sigma_skip)
+    return level

@@ -414,7 +414,8 @@ def test_two_samples_are_enough_and_span_one_direction(method) -> None:
 def test_fit_is_the_moments_of_the_stream() -> None:
     x, labels = data(dtype=torch.float32), labels_of(500)
     plain = Gaussian.fit(x.split(77), facts={"data": "rows"})
-    assert plain.facts == {"data": "rows"}
+    assert plain.facts["data"] == "rows"
+    assert plain.facts["extremes"] == pytest.approx([float(v) for v in (x.min(), x.max())], rel=1e-6)
     moments = Moments((D,))
     moments.update(x)
     assert torch.equal(plain.components, moments.gaussian().components)

@@ -137,11 +137,45 @@ def odd(*shape: int, facts: dict[str, Any] | None = None, classes: int | None = 
 def test_another_shape_is_refused_with_both(name) -> None:
     pipe = MAKERS[name]()
     facts = fitting(pipe).facts
-    packed = PIPELINES[name].packed
-    has = r"channels \[6\]; those of .* are \[4\]" if packed else r"\[6, 8, 8\]; those of .* are \[[34], 8, 8\]"
+    of_prompts = PIPELINES[name].conditions == "prompts"  # whose size is the call's
+    has = r"channels \[6\]; those of .* are \[4\]" if of_prompts else r"\[6, 8, 8\]; those of .* are \[[34], 8, 8\]"
     refused(pipe, odd(6, 8, 8, facts=facts), SKIP, has)
-    if not packed:
+    if not of_prompts:
         refused(pipe, odd(3, 8, 16, facts=facts), SKIP, r"\[3, 8, 16\]; those of .* are \[[34], 8, 8\]")
+
+
+def test_pixels_of_another_range_are_refused_by_what_was_fitted() -> None:
+    pipe = ddpm()
+    unit = torch.rand((400, 3, 8, 8), generator=torch.Generator().manual_seed(0))
+    for scaled, told in (
+        (unit, r"numbers in \[.*e-0\d, (1|0.99\d*)\]"),
+        (255 * unit - 100, r"numbers in \[-100, 155\]"),
+    ):
+        refused(pipe, Gaussian.fit([scaled]), SKIP, told + r".*; DDPMPipeline's pixels are in \[-1, 1\]")
+    teleport(pipe, Gaussian.fit([2 * unit - 1]), SKIP)
+
+
+def test_a_file_s_name_is_no_gaussian() -> None:
+    refused(ddpm(), "stats.safetensors", SKIP, "is a str; needed is a Gaussian")
+
+
+def test_a_scheduler_that_is_replaced_while_the_pipeline_jumps_is_refused() -> None:
+    pipe = stable_diffusion()
+    jump = teleport(pipe, fitting(pipe), SKIP).attach()
+    pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    with pytest.raises(ValueError, match="scheduler: was replaced while the pipeline jumps"):
+        pictures(pipe)
+    jump.detach()
+    pictures(pipe)
+
+
+def test_a_vae_whose_weights_are_offloaded_is_refused() -> None:
+    from accelerate import cpu_offload
+
+    pipe = stable_diffusion()
+    own = fitting(pipe)
+    cpu_offload(pipe.vae)
+    refused(pipe, own, SKIP, "vae: the weights of this AutoencoderKL are offloaded")
 
 
 def test_pixels_and_latents_do_not_mix() -> None:

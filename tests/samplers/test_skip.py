@@ -23,7 +23,7 @@ from samplers import (
     sample,
     teleported,
 )
-from samplers.teleport import Skip
+from samplers.skip import Skip
 from tests.samplers.mixtures import Labelled, mixture_and_gaussian
 from tests.truth import Counted
 
