@@ -27,12 +27,11 @@ from distill.progress import Progress
 from distill.run import LIBRARIES
 from distill.sections import Data
 from samplers import SampleNoise
-from samplers.bound import bound_of
+from samplers.bound import bound_of, kept_count
 from samplers.gaussian import Gaussian
 from samplers.moments import Moments
 from samplers.pipelines import vae_facts
 
-KEPT, KEPT_NUMBERS = 2048, 2**26  # samples that a jump's cost is judged by, and the numbers in them, at most
 Source = data.Images | data.ImageFiles
 T = TypeVar("T")
 
@@ -79,7 +78,7 @@ class Fit:
             raise ValueError(f"rank: {config.rank}; {len(source)} images span {max(0, spanned)} directions")
         self.moments = Moments(shape, n_classes, rank=config.rank)
         self.kept: dict[int, tuple[Tensor, int | None]] = {}
-        kept = min(KEPT, KEPT_NUMBERS // self.moments.dim)
+        kept = kept_count(self.moments.dim, n_classes)
         self._chosen = _chosen(len(source), kept, config.seed, config.flip)
 
     def take(self, numbers: range) -> None:

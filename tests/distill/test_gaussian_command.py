@@ -19,16 +19,17 @@ from torch import Tensor
 
 from distill import data
 from distill.config import FitGaussian
-from distill.gaussian import KEPT, Fit, describe
+from distill.gaussian import Fit, describe
 from distill.noise import LATENTS
 from samplers import SampleNoise
-from samplers.bound import Bound
+from samplers.bound import KEPT_NUMBERS, Bound, kept_count
 from samplers.gaussian import Gaussian
 from tests.distill.command import Running, distill, fresh
 from tests.distill.runs import assert_refused, entries, launch
 from tests.truth import relative_error
 
 OUT = "stats.safetensors"
+KEPT = kept_count(3 * 8 * 8, None)
 
 
 def exact(x: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -422,7 +423,7 @@ def test_the_kept_samples_are_uniform_and_the_seeds_own() -> None:
     assert len(set(chosen[0]) & set(chosen[1])) < KEPT / 2
     assert Fit(config, Endless(n))._chosen == chosen[0]  # type: ignore[arg-type]
     large = Fit(config, Endless(n, 128))  # type: ignore[arg-type]
-    assert len(large._chosen) * 4 * large.moments.dim <= 256 * 2**20  # bytes
+    assert len(large._chosen) * 4 * large.moments.dim <= 4 * KEPT_NUMBERS  # bytes
 
 
 # --- processes, and the command line
