@@ -274,8 +274,8 @@ def teleport(
     check_unattached(pipe, family, _HOOK)
     check_scheduler(pipe, family)
     check_gaussian(pipe, family, gaussian)
-    if mode not in ("ode", "marginal"):
-        raise ValueError(f"mode: {mode!r}; accepted are ode and marginal")
+    if mode not in ("ode", "marginal") or not tolerance > 0:
+        raise ValueError(f"mode, tolerance: {mode!r}, {tolerance}; accepted are ode and marginal, and positive nats")
     certificate = None
     if sigma_skip is None:
         if gaussian.bound is None:

@@ -65,9 +65,10 @@ class Skip:
         return restarted(sigmas, self.sigma_skip) if self.sigma_skip < float(sigmas[0]) else sigmas
 
     def __str__(self) -> str:
+        start = f", beside {self.prior_kl:.2g} of the start" if self.prior_kl > self.tolerance else ""
         return (
             f"skipped {self.skipped} of {self.steps} steps, sigma {self.sigma_max:.3g} -> {self.sigma_skip:.3g}, "
-            f"KL {self.kl:.3f} +- {self.kl_error:.3f} nats, {self.nfe} -> {self.nfe_after} NFE"
+            f"KL {self.kl:.3f} +- {self.kl_error:.3f} nats{start}, {self.nfe} -> {self.nfe_after} NFE"
         )
 
 
@@ -346,6 +347,8 @@ def teleported(
     def solve(
         denoiser: Denoiser, x: Tensor, sigmas: Tensor, cond: Any = None, generator: Generator = None
     ) -> Iterator[State]:
+        if x.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"x: is {x.dtype}; the state must be float32 or float64 (autocast the network instead)")
         if not sigma_skip < float(sigmas[0]):
             yield from solver(denoiser, x, sigmas, cond, generator)
             return

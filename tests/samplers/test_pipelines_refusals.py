@@ -228,7 +228,7 @@ def test_a_sigma_skip_that_is_not_given_needs_a_bound_within_the_tolerance() -> 
     refused(pipe, fitting(pipe, bound=None), None, "no bound; give a number, the certificate of choose_sigma_skip")
     refused(pipe, fitting(pipe, bound=Bound((20.0, 10.0), (0.1, 0.3))), None, "smallest bound is 0.1 nats")
     refused(pipe, fitting(pipe), None, "0.001 nats is met at no noise level", tolerance=0.001)
-    refused(pipe, fitting(pipe), SKIP, "mode: 'sde'", mode="sde")
+    refused(pipe, fitting(pipe), SKIP, "mode, tolerance: 'sde', 0.05", mode="sde")
 
 
 def test_two_attachments_at_once() -> None:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
@@ -285,6 +286,8 @@ def test_a_certificate_is_one_line() -> None:
     assert str(skip) == other
     assert str(skip.on(heun, karras_sigmas(18)).on(dpmpp_2m, karras_sigmas(12))) == other
     assert certificate(90.0).on(heun, karras_sigmas(18)).skipped == 0
+    dear = str(replace(certificate(5.0), prior_kl=0.31).on(dpmpp_2m, karras_sigmas(12)))
+    assert dear == other.replace("nats", "nats, beside 0.31 of the start")
 
 
 @pytest.mark.parametrize("solver", [heun, dpmpp_2m])

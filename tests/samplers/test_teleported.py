@@ -261,3 +261,10 @@ def test_a_level_below_the_schedule_s_raises_before_anything_is_evaluated() -> N
     with pytest.raises(ValueError, match="cond"):
         list(teleported(heun, gaussian(3), 8.4)(counted, start(d=6), karras_sigmas(6)))
     assert not counted.batches
+
+
+def test_a_state_in_half_precision_is_refused() -> None:
+    _, gaussian = mixture_and_gaussian(rotated=False)
+    x = torch.zeros((2, *gaussian.shape), dtype=torch.float16)
+    with pytest.raises(ValueError, match=r"x: is torch.float16; the state must be float32 or float64"):
+        sample(teleported(heun, gaussian, 8.4), gaussian, x, karras_sigmas(6))
