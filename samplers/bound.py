@@ -89,7 +89,8 @@ class Reservoir:
     @property
     def samples(self) -> Tensor:
         """[N, ...]."""
-        return self._samples[self._keys < math.inf]
+        kept = self._keys < math.inf
+        return self._samples if bool(kept.all()) else self._samples[kept]
 
     @property
     def labels(self) -> Tensor | None:
@@ -143,7 +144,7 @@ def _check(samples: Tensor, gaussian: "Gaussian", sigmas: Tensor | None) -> None
         raise ValueError(f"samples: are {list(samples.shape[1:])}; the Gaussian is of {list(gaussian.shape)} a sample")
     if len(samples) < 8:
         raise ValueError(f"samples: {len(samples)} are too few for pairs; at least 8 are needed")
-    if not samples.is_floating_point() or not bool(samples.isfinite().all()):
+    if not samples.is_floating_point() or not all(bool(v.isfinite()) for v in torch.aminmax(samples)):
         raise ValueError("samples: are not finite floating-point numbers")
     if sigmas is not None:
         levels = sigmas.flatten().tolist()
@@ -160,20 +161,25 @@ def _cost(c: Tensor, across: Tensor, partners: Tensor, gaussian: "Gaussian", sig
     variances, left = gaussian.variances.cpu(), gaussian.dim - gaussian.rank
     rho = variances / (variances + sigma**2)
     weight = 1 / (variances + sigma**2) / (1 - rho**2)
-    exponent = (c * weight) @ c.mT  # sum rho w w' / (1 - rho^2), with w = c / sqrt(variance)
     single = (c.square() * weight * rho).sum(1)
     constant = -0.5 * float((-(rho**2)).log1p().sum())
+    w = 0.0
     if left and gaussian.rest:
         r = gaussian.rest / (gaussian.rest + sigma**2)
         w = 1 / (gaussian.rest + sigma**2) / (1 - r**2)
-        exponent = exponent + w * across
         single = single + w * r * across.diagonal().clamp_min(0)
         constant -= 0.5 * left * math.log1p(-(r**2))
-    kernel = (constant + exponent - 0.5 * (single[:, None] + single)).exp().where(partners, 0.0)
-    pairs = partners.sum(1)
-    rows = kernel.sum(1)[pairs > 0] / pairs[pairs > 0]
-    if len(rows) < 8:
+
+    rows, weighted = [], (c * weight).mT
+    for part in torch.arange(len(c)).split(256):
+        # The sum of rho w w' / (1 - rho^2) over directions, with w = c / sqrt(variance), less what is of one sample.
+        exponent = (c[part] @ weighted).add_(across[part], alpha=w).add_(single[part, None] + single, alpha=-0.5)
+        pairs = partners[part].sum(1)
+        kernel = exponent.add_(constant).exp_().masked_fill_(~partners[part], 0.0).sum(1)
+        rows.append((kernel / pairs)[pairs > 0])
+    averages = torch.cat(rows)
+    if len(averages) < 8:
         return math.inf
-    chi2, error = float(rows.mean()) - 1, 2 * float(rows.std()) / math.sqrt(len(rows))
+    chi2, error = float(averages.mean()) - 1, 2 * float(averages.std()) / math.sqrt(len(averages))
     upper = chi2 + 2 * error
     return math.log1p(max(0.0, upper)) + 2 * cost if upper < 1 else math.inf

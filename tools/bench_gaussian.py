@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from samplers.bound import Reservoir, bound_of
 from samplers.gaussian import Gaussian
 from samplers.moments import BLOCK, Moments
 
@@ -57,25 +58,29 @@ def stream(count: int, size: int, channels: int) -> Iterator[Tensor]:
 def fit(method: str, size: int, channels: int, count: int, rank: int) -> Cost:
     """Fit in this process: seconds of the updates and of what follows, and the growth of resident memory.
 
-    What follows `full` is the eigendecomposition alone, in float32, the faster of the two precisions.
+    `incremental` is all that `Gaussian.fit` does, the samples kept for the bound and the bound included. What follows
+    `full` is the eigendecomposition alone, in float32, the faster of the two
+    precisions.
     """
     torch.set_num_threads(1)
     small = Moments((3, 8, 8), rank=4, method=method)
     for x in stream(2 * BATCH, 8, 3):
         small.update(x)
-    small.gaussian(4)
+    bound_of(x[:8], small.gaussian(4))
     next(stream(BATCH, size, channels))
     base = _memory("VmRSS")
 
-    moments = Moments((channels, size, size), rank=rank, method=method)
+    moments, kept = Moments((channels, size, size), rank=rank, method=method), Reservoir()
     updates = 0.0
     for x in stream(count, size, channels):
         updates += _seconds(partial(moments.update, x))
+        if method == "incremental":
+            updates += _seconds(partial(kept.update, x))
     if method == "full":
         covariance = moments.state()["scatter"].float() / count
         last = _seconds(lambda: torch.linalg.eigh(covariance))
     else:
-        last = _seconds(lambda: moments.gaussian(rank))
+        last = _seconds(lambda: bound_of(kept.samples, moments.gaussian(rank)))
     return Cost((updates, last), _memory("VmHWM") - base)
 
 
