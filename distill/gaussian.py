@@ -127,7 +127,9 @@ def describe(gaussian: Gaussian, tolerance: float) -> list[str]:
     if gaussian.bound is not None:
         try:
             sigma = gaussian.bound.sigma_skip(tolerance)
-            lines.append(f"a jump to sigma {sigma:.4g} costs {gaussian.bound.at(sigma):.3g} nats at most")
+            lines.append(
+                f"a jump to sigma {sigma:.4g} costs {gaussian.bound.at(sigma):.3g} nats at most, by these samples"
+            )
         except ValueError as error:
             lines.append(f"no jump is known to be within the tolerance without a network: {error}")
     return lines
