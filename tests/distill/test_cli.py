@@ -221,6 +221,7 @@ def test_a_run_is_not_overwritten(place: Path) -> None:
     assert_refused(distill("train", "--config", config, "--resume", cwd=place), "checkpoints but no config.yaml")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["train", "teach"])
 @pytest.mark.parametrize("limit", [20_000, 200])
 def test_a_full_disk_harms_nothing_that_was_saved(place: Path, kind: str, limit: int) -> None:

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -100,6 +101,7 @@ def test_a_conditional_student_loads_where_this_library_does_not_exist(place: Pa
     assert "three" not in texts
 
 
+@pytest.mark.slow
 def test_an_unconditional_student_of_a_folder_of_pictures(tmp_path: Path) -> None:
     """teach on RGB pictures without classes, train, export, load."""
     (tmp_path / "pictures").mkdir()

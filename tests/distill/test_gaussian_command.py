@@ -145,10 +145,10 @@ def test_a_folder_is_fitted_by_class_and_with_its_mirror_images(tmp_path: Path) 
 
 
 def test_fewer_samples_than_a_jump_needs_are_refused_with_how_many_would_do(tmp_path: Path) -> None:
-    pictures(tmp_path / "images", 12, size=32)
-    words = ("--data.name", "folder", "--data.path", "images", "--data.size", 32, "--data.channels", 3, "--out", OUT)
+    pictures(tmp_path / "images", 12, size=16)
+    words = ("--data.name", "folder", "--data.path", "images", "--data.size", 16, "--data.channels", 3, "--out", OUT)
     refused = distill("gaussian", *words, cwd=tmp_path)
-    assert_refused(refused, "12 samples are too few for a Gaussian of 3072 dimensions")
+    assert_refused(refused, "12 samples are too few for a Gaussian of 768 dimensions")
     needed = int(re.search(r"about (\d+) are needed", refused.err)[1])  # type: ignore[index]
     assert 12 < needed < 2000
     assert OUT not in entries(tmp_path)

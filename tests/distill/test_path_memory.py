@@ -42,6 +42,7 @@ def config(folder: Path, pipeline: Path, name: str, storage: str) -> Train:
     return Train.model_validate(TRAIN | changes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "storage", "networks"),
     [

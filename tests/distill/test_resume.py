@@ -14,6 +14,7 @@ from tests.distill.runs import assert_same, kill_somewhere, lines
 from tests.distill.tiny import TEACH, TRAIN, save_teacher, write_config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["train", "teach"])
 def test_killed_at_random_moments_it_ends_as_if_nothing_had_happened(place: Path, kind: str) -> None:
     """checkpoint_every 1: a checkpoint is being written most of the time. `teach` has dropout."""

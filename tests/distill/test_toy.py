@@ -139,6 +139,7 @@ def test_there_are_toy_configurations() -> None:
     assert CONFIGS
 
 
+@pytest.mark.slow
 def test_the_toys_of_disback_go_their_way_by_the_command(tmp_path: Path) -> None:
     """A teacher with weights is taught, then degraded and walked back to, plain and on a bridge."""
     brief = ("--batch_size", 16, "--logging.log_every", 1, "--logging.mismatch_every", "null")

@@ -174,6 +174,7 @@ STARTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sigma", [1.2, 2.5])  # at lower levels |ln r| passes 10 in the tails, where it is cut
 @pytest.mark.parametrize("name", STARTS)
 def test_the_gradient_is_that_of_the_divergence(target: GaussianMixture, name: str, sigma: float) -> None:
