@@ -71,6 +71,7 @@ def test_an_interpolation_of_scores_is_the_score_of_the_geometric_bridge(fractio
     assert relative_error((bridge(x.detach(), sigma) - x.detach()) / sigma**2, expected) < 1e-9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["reverse-kl", "jensen-shannon", "forward-kl"])
 @pytest.mark.parametrize("fraction", [0.3, 0.8])
 def test_the_gradient_on_the_way_is_that_of_the_divergence_to_the_bridge(name: str, fraction: float) -> None:

@@ -77,6 +77,7 @@ def compare_with_stock(place: Path, exported: Path, run: Path, labels: torch.Ten
     return float(np.abs(ours - out["images"]).max())
 
 
+@pytest.mark.slow
 def test_a_conditional_student_loads_where_this_library_does_not_exist(place: Path) -> None:
     save_teacher(place / "three", 3, seed=2)
     config = write_config(place, TRAIN, teacher={"path": "three"}, steps=4)

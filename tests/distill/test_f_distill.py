@@ -59,6 +59,7 @@ def test_every_divergence_is_tried() -> None:
     assert list(RUNS) == [*DIVERGENCES, "alpha"] == list(get_args(DivergenceName))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_by_every_divergence_is_finite(place: Path, name: str) -> None:
     heads = {"lr": 1e-2} | RUNS[name].get("discriminator", {})  # so that three updates make the ratios differ

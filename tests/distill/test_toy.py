@@ -155,6 +155,7 @@ def test_the_toys_of_disback_go_their_way_by_the_command(tmp_path: Path) -> None
         assert ("weight_mean" in found[0]) == config.stem.endswith("f-distill")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda file: file.stem)
 def test_a_toy_trains_by_the_command(config: Path, tmp_path: Path) -> None:
     """A few updates of every toy configuration: metrics with the weights' statistics, a picture, a checkpoint."""
