@@ -4,7 +4,8 @@ denoiser   what everything here consumes: D(x, sigma) = E[x0 | x]; score, classi
 schedules  noise levels to step through: 1-D tensors that fall to 0
 solvers    euler, heun, ancestral, dpmpp_2m, gaussian_exponential: generators of State; sample drains one
 gaussian   Gaussian: denoiser and probability-flow ODE in closed form; moments fits it to a stream of data
-skip       how far down a Gaussian may carry a sample, certified (bound: from data alone); a solver from there
+skip       how far down a Gaussian may carry a sample, certified (integral: by a network; bound: from data alone)
+jump       teleported: a solver that begins there
 pipelines  teleport: the same in diffusers pipelines (teleport_scheduler, teleport_checks)
 mixture    GaussianMixture: exact denoiser and log-density at every noise level
 adapters   a diffusers model and its scheduler -> a denoiser
@@ -15,11 +16,12 @@ from samplers.adapters import NetworkDenoiser, denoiser_from
 from samplers.bound import bound_of
 from samplers.denoiser import Denoiser, Guided, score
 from samplers.gaussian import Gaussian
+from samplers.jump import teleported
 from samplers.mixture import GaussianMixture
 from samplers.noise import SampleNoise, normal_like
 from samplers.pipelines import teleport
 from samplers.schedules import exponential_sigmas, flow_sigmas, karras_sigmas
-from samplers.skip import choose_sigma_skip, teleported
+from samplers.skip import choose_sigma_skip
 from samplers.solvers import (
     SOLVERS,
     Solver,

@@ -1,4 +1,4 @@
-"""How far down a Gaussian may carry a sample, certified, and a solver that starts there: Gaussian teleportation.
+"""How far down a Gaussian may carry a sample, certified: the noise level that teleportation jumps to.
 
 Two laws p, q under the heat flow obey KL(p_sigma || q_sigma) = int_sigma^inf E_p |D_p - D_q|^2 v^-3 dv exactly (de
 Bruijn's identity for relative entropies; Verdu 2010, "Mismatched estimation and relative entropy"), and nothing that
@@ -6,20 +6,19 @@ a sampler does from there on can increase it. So the noise level to jump to is t
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from samplers.denoiser import Denoiser
-from samplers.gaussian import Gaussian, Mode
+from samplers.gaussian import Gaussian
+from samplers.integral import CONFIDENT, KLIntegral, estimate, upper
 from samplers.schedules import karras_sigmas, restarted
-from samplers.solvers import Generator, Solver, State, heun, nfe
+from samplers.solvers import Solver, heun, nfe
 
 RATIO = math.sqrt(2)  # between the noise levels of an integral
-CONFIDENT = 1.645  # standard errors: one-sided 95 %
 
 
 @dataclass(frozen=True)
@@ -124,10 +123,10 @@ def choose_sigma_skip(
         if samples is not None:
             raise ValueError(f"cond: None; needed are the class labels [{count}] of the samples")
         cond = torch.arange(count, device=gaussian.mean.device) % gaussian.n_classes
-    integral = _Integral(denoiser, gaussian, samples, cond, count, batch, generator)
+    integral = KLIntegral(denoiser, gaussian, samples, cond, count, batch, generator)
 
     sigma, limit = high, 4 * tolerance
-    while sigma >= low * (1 - 1e-9) and integral.upper() <= limit:
+    while sigma >= low * (1 - 1e-9) and integral.reached() <= limit:
         integral.extend(sigma)
         sigma /= RATIO
     return _certificate(integral, tolerance, high, solver, karras_sigmas(18, low, high) if sigmas is None else sigmas)
@@ -144,103 +143,13 @@ def _checked(samples: Tensor, gaussian: Gaussian) -> Tensor:
     return samples.to(torch.promote_types(samples.dtype, torch.float32))
 
 
-class _Integral:
-    """The KL integral of every point down to the lowest level so far, in u = 1 / sigma^2: half of int |D - D_N|^2 du.
-
-    Between two levels |D - D_N|^2 / u is taken for linear in u, which is exact where the difference falls as 1 / sigma
-    or 1 / sigma^2; above the first level the difference is taken for constant, more than it is.
-    """
-
-    def __init__(
-        self,
-        denoiser: Denoiser,
-        gaussian: Gaussian,
-        samples: Tensor | None,
-        cond: Any,
-        count: int,
-        batch: int,
-        generator: torch.Generator | None,
-    ) -> None:
-        self.denoiser, self.gaussian, self.samples, self.cond, self.batch = denoiser, gaussian, samples, cond, batch
-        like = gaussian.mean if samples is None else samples
-        device = like.device if generator is None else generator.device
-        self.eps = torch.randn((count, *gaussian.shape), generator=generator, device=device, dtype=like.dtype).to(like)
-        self.sigmas: list[float] = []
-        self.squares: list[Tensor] = []  # |D - D_N|^2 [count] at each level
-        self.errors: list[Tensor] = []  # (D - D_N) . (D - x0), of which the mean is the network's error, or nothing
-        self.totals: list[Tensor] = []  # the integral down to each level [count]
-        self.error_totals: list[Tensor] = []
-
-    def extend(self, sigma: float) -> None:
-        """Evaluate the next level."""
-        squares, errors = [], []
-        for part in torch.arange(len(self.eps)).split(self.batch):
-            eps, cond = self.eps[part], _rows(self.cond, part, len(self.eps))
-            if self.samples is None:
-                x = self.gaussian.transport(eps, 1.0, sigma, cond, mode="marginal")
-            else:
-                x = self.samples[part] + sigma * eps
-            level = torch.tensor(sigma, dtype=x.dtype, device=x.device)
-            denoised = self.denoiser(x, level, cond)
-            difference = (denoised - self.gaussian(x, sigma, cond)).flatten(1).double()
-            squares.append(difference.square().sum(1).cpu())
-            if self.samples is not None:
-                errors.append((difference * (denoised - self.samples[part]).flatten(1).double()).sum(1).cpu())
-        square = torch.cat(squares)
-        if not bool(square.isfinite().all()):
-            raise ValueError(f"denoiser: is not finite at sigma {sigma:.4g}")
-        self.sigmas.append(sigma)
-        self.squares.append(square)
-        self.totals.append(self._total(self.squares, self.totals))
-        if errors:
-            self.errors.append(torch.cat(errors))
-            self.error_totals.append(self._total(self.errors, self.error_totals))
-
-    def _total(self, values: list[Tensor], totals: list[Tensor]) -> Tensor:
-        if not totals:
-            return values[0] / (2 * self.sigmas[0] ** 2)
-        return totals[-1] + self.between(values, self.sigmas[-1], len(values) - 1)
-
-    def between(self, values: list[Tensor], sigma: float, k: int) -> Tensor:
-        """Of the interval from level k - 1 down to level k, the part above sigma, [count]."""
-        a, b, u = (s**-2 for s in (self.sigmas[k - 1], self.sigmas[k], sigma))
-        slope = (values[k] / b - values[k - 1] / a) / (b - a)
-        start = values[k - 1] / a - slope * a
-        return start * (u**2 - a**2) / 4 + slope * (u**3 - a**3) / 6
-
-    def upper(self) -> float:
-        """Of the lowest level so far: the mean and 1.645 standard errors."""
-        return _upper(self.totals[-1]) if self.totals else 0.0
-
-
-def _rows(cond: Any, part: Tensor, count: int) -> Any:
-    """The rows of a condition that belong to these points: of tensors with a row for each, or one for all."""
-    if isinstance(cond, dict):
-        return {name: _rows(value, part, count) for name, value in cond.items()}
-    if not isinstance(cond, Tensor) or not cond.ndim:
-        return cond
-    if len(cond) not in (1, count):
-        raise ValueError(f"cond: has {len(cond)} rows; accepted are {count}, one for each point, or 1")
-    return cond[part.to(cond.device)] if len(cond) == count else cond.expand(len(part), *cond.shape[1:])
-
-
-def _upper(values: Tensor) -> float:
-    mean, error = _estimate(values)
-    return mean + CONFIDENT * error
-
-
-def _estimate(values: Tensor) -> tuple[float, float]:
-    """Mean and standard error."""
-    return float(values.mean()), float(values.std() / math.sqrt(len(values)))
-
-
-def _certificate(integral: _Integral, tolerance: float, high: float, solver: Solver, sigmas: Tensor) -> Skip:
-    gaussian, uppers = integral.gaussian, [_upper(total) for total in integral.totals]
-    estimates = [_estimate(total) for total in integral.totals]
+def _certificate(integral: KLIntegral, tolerance: float, high: float, solver: Solver, sigmas: Tensor) -> Skip:
+    gaussian, uppers = integral.gaussian, [upper(total) for total in integral.totals]
+    estimates = [estimate(total) for total in integral.totals]
     known = "KL(N || p)" if integral.samples is None else "KL(p || N)"
     if uppers[0] > tolerance:
         if integral.errors:
-            _refuse_own_error(_estimate(integral.error_totals[0]), estimates[0][0], integral.sigmas[0], tolerance)
+            _refuse_own_error(estimate(integral.error_totals[0]), estimates[0][0], integral.sigmas[0], tolerance)
         raise ValueError(
             f"tolerance: {tolerance:g} nats is met at no noise level, so nothing can be skipped; the smallest {known} "
             f"is {estimates[0][0]:.3g} +- {estimates[0][1]:.2g} nats, at sigma {integral.sigmas[0]:.4g}"
@@ -252,14 +161,14 @@ def _certificate(integral: _Integral, tolerance: float, high: float, solver: Sol
         inside, above = integral.sigmas[k], integral.sigmas[k - 1]
         for _ in range(50):  # bisection in sigma
             middle = math.sqrt(inside * above)
-            within = _upper(integral.totals[k - 1] + integral.between(integral.squares, middle, k)) <= tolerance
+            within = upper(integral.totals[k - 1] + integral.between(integral.squares, middle, k)) <= tolerance
             inside, above = (inside, middle) if within else (middle, above)
         sigma = above
         total = integral.totals[k - 1] + integral.between(integral.squares, sigma, k)
         error = [integral.error_totals[k - 1] + integral.between(integral.errors, sigma, k)] if error else []
 
-    kl, kl_error = _estimate(total)
-    network = _estimate(error[0]) if error else None
+    kl, kl_error = estimate(total)
+    network = estimate(error[0]) if error else None
     if network is not None:
         _refuse_own_error(network, kl, sigma, tolerance)
     if gaussian.sampling_kl(sigma) > tolerance:
@@ -323,62 +232,3 @@ def _prior_kl(gaussian: Gaussian, sigma: float) -> float:
     times[gaussian.rank :] = left
     means = gaussian.mean.reshape(-1, gaussian.dim).double().square().sum(1).mean()
     return float((0.5 * times * (ratio - ratio.log1p())).sum() + means / (2 * sigma**2))
-
-
-def teleported(
-    solver: Solver, gaussian: Gaussian, skip: Skip | float, *, mode: Mode = "ode", landing: float | None = 0.5
-) -> Solver:
-    """A solver that jumps to sigma_skip in closed form, for no evaluation, and goes on with `solver` from there.
-
-    The schedule that it is given is rebuilt to start at sigma_skip, with as many steps fewer as it has levels above;
-    one that starts at or below sigma_skip is left as it is. skip: a certificate, or a noise level.
-    landing: p > -1 corrects the landing by the first evaluation, for none more: a difference D - D_N that has grown as
-    sigma^-p on the way has moved the state by phi eta / (p + 1) times itself (see `Gaussian.exponential`). On exact
-    mixtures p of 0.5 to 1 is best at a certificate's level (2 far above it, where there is little to correct), on a
-    trained network, whose own error does not fall with sigma, 0. None: as it is.
-    Raises ValueError for a level that is not positive, p <= -1, or another mode.
-    """
-    sigma_skip = skip.sigma_skip if isinstance(skip, Skip) else float(skip)
-    if not 0 < sigma_skip < math.inf or not (landing is None or -1 < landing < math.inf):
-        raise ValueError(f"skip, landing: {sigma_skip}, {landing}; needed are a positive level and a power above -1")
-    if mode not in get_args(Mode):
-        raise ValueError(f"mode: {mode!r}; accepted are {', '.join(get_args(Mode))}")
-
-    def solve(
-        denoiser: Denoiser, x: Tensor, sigmas: Tensor, cond: Any = None, generator: Generator = None
-    ) -> Iterator[State]:
-        if x.dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"x: is {x.dtype}; the state must be float32 or float64 (autocast the network instead)")
-        if not sigma_skip < float(sigmas[0]):
-            yield from solver(denoiser, x, sigmas, cond, generator)
-            return
-        start, below = sigmas[0], restarted(sigmas, sigma_skip).to(sigmas)
-        denoised = gaussian(x, start, cond)
-        x = gaussian.transport(x, start, below[0], cond, mode=mode)
-        yield State(x, below[0], denoised, 0)
-        if landing is not None:
-            denoiser, x = _corrected(denoiser, gaussian, x, start, below[0], landing, cond)
-        for state in solver(denoiser, x, below, cond, generator):
-            yield replace(state, step=state.step + 1)
-
-    return solve
-
-
-def _corrected(
-    denoiser: Denoiser, gaussian: Gaussian, x: Tensor, start: Tensor, sigma: Tensor, power: float, cond: Any
-) -> tuple[Denoiser, Tensor]:
-    """The landing, corrected by one evaluation, and a denoiser whose first answer is that evaluation, moved along.
-
-    int delta d(eta) from eta_a to eta_b for delta = delta_b (eta / eta_b)^p; what is moved is moved by D_N, delta kept.
-    """
-    residual = (denoiser(x, sigma.to(x), cond) - gaussian(x, sigma, cond)).reshape(len(x), -1)
-    phi, eta = gaussian.exponential(sigma, x)
-    _, eta_start = gaussian.exponential(start, x)
-    gains = [p * (b - a * (a / b) ** power) / (power + 1) for p, a, b in zip(phi, eta_start, eta, strict=True)]
-    landed = x + gaussian.apply((gains[0], gains[1], residual)).reshape(x.shape)
-    answers = [residual.reshape(x.shape) + gaussian(landed, sigma, cond)]
-
-    def after(x: Tensor, sigma: Tensor, cond: Any = None) -> Tensor:
-        return answers.pop() if answers else denoiser(x, sigma, cond)
-
-    return after, landed

@@ -1,5 +1,7 @@
 """Tiny real diffusers networks with random weights: the same classes that carry published models."""
 
+from typing import Any
+
 import torch
 from diffusers import DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel
 
@@ -36,7 +38,7 @@ def dit(dtype: torch.dtype = torch.float64) -> DiTTransformer2DModel:
     return network.to(dtype).eval().requires_grad_(False)
 
 
-def conditional_unet(dtype: torch.dtype = torch.float64) -> UNet2DConditionModel:
+def conditional_unet(dtype: torch.dtype = torch.float64, **options: Any) -> UNet2DConditionModel:
     """Latents [B, 4, 8, 8], conditioned on `encoder_hidden_states` [B, length, 16]."""
     torch.manual_seed(0)
     network = UNet2DConditionModel(
@@ -48,5 +50,6 @@ def conditional_unet(dtype: torch.dtype = torch.float64) -> UNet2DConditionModel
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         attention_head_dim=2,
         cross_attention_dim=16,
+        **options,
     )
     return network.to(dtype).eval().requires_grad_(False)

@@ -29,7 +29,6 @@ from diffusers import (
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
-    UNet2DConditionModel,
 )
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
@@ -40,7 +39,7 @@ from samplers.adapters import FlowMatching, VariancePreserving, coordinates_of
 from samplers.gaussian import Bound, Gaussian
 from samplers.pipelines import vae_facts
 from samplers.teleport_checks import PIPELINES
-from tests.samplers.networks import unet
+from tests.samplers.networks import conditional_unet, unet
 
 WORDS = ["a", "red", "green", "fox", "hill"]
 BOUND = Bound((20.0, 8.4, 5.0, 2.0), (0.004, 0.03, 0.04, 0.2))
@@ -161,22 +160,6 @@ def dit() -> DiTPipeline:
     return quiet(DiTPipeline(network.eval().requires_grad_(False), vae(), DDIMScheduler(clip_sample=False)))
 
 
-def conditional_network(**options: Any) -> UNet2DConditionModel:
-    torch.manual_seed(0)
-    network = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        norm_num_groups=4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=2,
-        cross_attention_dim=16,
-        **options,
-    )
-    return network.eval().requires_grad_(False)
-
-
 def tokenizer() -> CLIPTokenizer:
     letters = [letter for word in WORDS for letter in word]
     tokens = ["<|startoftext|>", "<|endoftext|>", *letters, *(letter + "</w>" for letter in letters)]
@@ -198,13 +181,16 @@ def stable_diffusion() -> StableDiffusionPipeline:
     )
     encoder = CLIPTextModel(config).eval().requires_grad_(False)
     scheduler = PNDMScheduler(beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1)
-    network = conditional_network()
+    network = conditional_unet(torch.float32)
     return quiet(StableDiffusionPipeline(vae(), encoder, words, network, scheduler, None, None, None, False))
 
 
 def stable_diffusion_xl() -> StableDiffusionXLPipeline:
-    network = conditional_network(
-        addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=64
+    network = conditional_unet(
+        torch.float32,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=64,
     )
     scheduler = DPMSolverMultistepScheduler(beta_schedule="scaled_linear", use_karras_sigmas=True)
     return quiet(StableDiffusionXLPipeline(vae(), None, None, None, None, network, scheduler))
