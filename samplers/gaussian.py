@@ -215,8 +215,8 @@ class Gaussian:
         """The Gaussian of a stream of batches [B, *shape], or of pairs of them with class labels [B].
 
         n_classes: with labels, class means and a pooled covariance. rank, tolerance, errors: see
-        `samplers.moments.Moments`, which can also be merged across processes. The bound is of 1,024 of the samples,
-        fewer above 65,536 dimensions, chosen at random (always the same ones).
+        `samplers.moments.Moments`, which can also be merged across processes. The bound is of some of the
+        samples (`samplers.bound.kept_count`), chosen at random, always the same ones.
         """
         from samplers.moments import Moments
 
