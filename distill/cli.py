@@ -55,6 +55,15 @@ def main() -> None:
         if os.environ.get("DISTILL_TRACEBACK"):
             raise
         _fail(explain(error))
+    finally:
+        _leave_group()
+
+
+def _leave_group() -> None:
+    """Ends torch's process group while the interpreter lives: gloo's threads may abort a process that exits in one."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def explain(error: Exception) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill.teacher import pipeline_folder, quiet
+from distill.teacher import pipeline_folder, read_model
 from samplers import SampleNoise
 
 _UNSHIFTED = ("StableDiffusion", "DiT", "PixArt")  # the pipelines of these names decode without a shift ...
@@ -61,26 +61,12 @@ def read_encoder(path: str | Path, device: torch.device | str = "cpu") -> Encode
     if (library, vae_class) != ("diffusers", "AutoencoderKL"):
         found = "has no VAE (leave `pipeline` out to fit pixels)" if vae_class is None else f"its VAE is a {vae_class}"
         raise ValueError(f"pipeline: {folder}: {found}; supported is an AutoencoderKL")
-    part = folder / "vae"
     from diffusers import AutoencoderKL
 
     try:
-        with quiet():
-            vae, loaded = AutoencoderKL.from_pretrained(
-                part,
-                use_safetensors=True,
-                local_files_only=True,
-                low_cpu_mem_usage=False,
-                output_loading_info=True,
-                torch_dtype=torch.float32,
-            )
-    except Exception as error:  # diffusers raises a different type for each thing that can be wrong with a folder
-        raise ValueError(f"pipeline: {part}: cannot be read ({str(error).splitlines()[0]})") from error
-    wrong = [*loaded["missing_keys"], *loaded["unexpected_keys"], *loaded["mismatched_keys"]]
-    if wrong:  # diffusers would go on with random weights
-        raise ValueError(
-            f"pipeline: {part}: its weights are not those of its config.json: {wrong[0]} and {len(wrong) - 1} more"
-        )
+        vae = read_model(folder / "vae", AutoencoderKL, torch.float32)
+    except ValueError as error:
+        raise ValueError(f"pipeline: {error}") from error
     return Encoder(vae, pipeline_class, device)
 
 

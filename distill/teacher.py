@@ -3,7 +3,7 @@
 import copy
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -125,7 +125,7 @@ def read_facts(folder: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def _quiet() -> Iterator[None]:
     """What diffusers would log about a folder is told in our one line instead."""
     from diffusers.utils import logging
 
@@ -155,19 +155,29 @@ def read_pipeline(folder: Path) -> tuple[Any, Any]:
     if not hasattr(diffusers, scheduler_class):
         raise ValueError(f"{folder}: its scheduler {scheduler_class} is not one of diffusers")
 
-    part = folder / "scheduler"
-    try:
-        with quiet():
-            scheduler = getattr(diffusers, scheduler_class).from_pretrained(part, local_files_only=True)
-            part = folder / "unet"
-            network, loaded = getattr(diffusers, network_class).from_pretrained(
-                part, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False, output_loading_info=True
-            )
-    except Exception as error:  # diffusers raises a different type for each thing that can be wrong with a folder
-        raise ValueError(f"{part}: cannot be read ({str(error).splitlines()[0]})") from error
+    scheduler = _read(folder / "scheduler", getattr(diffusers, scheduler_class).from_pretrained)
     if scheduler is None:  # diffusers stands a dummy in for a class that needs what is not installed
         raise ValueError(f"scheduler: {scheduler_class} needs a package that is not installed here")
+    return read_model(folder / "unet", getattr(diffusers, network_class)), scheduler
+
+
+def read_model(part: Path, kind: Any, dtype: torch.dtype | None = None) -> Any:
+    """The model of a diffusers class in a part of a pipeline folder, from safetensors, in its own dtype or another.
+
+    Raises ValueError, naming the part, for files that cannot be read, and weights that are not those of the config.
+    """
+    options: dict[str, Any] = {"use_safetensors": True, "low_cpu_mem_usage": False, "output_loading_info": True}
+    options |= {} if dtype is None else {"torch_dtype": dtype}
+    model, loaded = _read(part, kind.from_pretrained, **options)
     wrong = [*loaded["missing_keys"], *loaded["unexpected_keys"], *loaded["mismatched_keys"]]
     if wrong:  # diffusers would go on with random weights
         raise ValueError(f"{part}: its weights are not those of its config.json: {wrong[0]} and {len(wrong) - 1} more")
-    return network, scheduler
+    return model
+
+
+def _read(part: Path, load: Callable[..., Any], **options: Any) -> Any:
+    try:
+        with _quiet():
+            return load(part, local_files_only=True, **options)
+    except Exception as error:  # diffusers raises a different type for each thing that can be wrong with a folder
+        raise ValueError(f"{part}: cannot be read ({str(error).splitlines()[0]})") from error
