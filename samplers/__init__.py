@@ -7,6 +7,8 @@ gaussian   Gaussian: denoiser and probability-flow ODE in closed form; moments f
 skip       how far down a Gaussian may carry a sample, certified (integral: by a network; bound: from data alone)
 jump       teleported: a solver that begins there
 pipelines  teleport: the same in diffusers pipelines (teleport_scheduler, teleport_checks)
+feynman_kac  weighted particles that sample powers, products and tilts of denoisers' laws exactly (targets,
+           weighted_path, particles, resampling); start: where they begin; diagnosis: whether to trust them
 mixture    GaussianMixture: exact denoiser and log-density at every noise level
 adapters   a diffusers model and its scheduler -> a denoiser
 noise      random numbers that belong to a sample, whatever its batch or process
@@ -15,11 +17,15 @@ noise      random numbers that belong to a sample, whatever its batch or process
 from samplers.adapters import NetworkDenoiser, denoiser_from
 from samplers.bound import bound_of
 from samplers.denoiser import Denoiser, Guided, score
+from samplers.diagnosis import diagnose
+from samplers.feynman_kac import FeynmanKacState, draw, feynman_kac
 from samplers.gaussian import Gaussian
 from samplers.jump import teleported
 from samplers.mixture import GaussianMixture
 from samplers.noise import SampleNoise, normal_like
+from samplers.particles import Resampling
 from samplers.pipelines import teleport
+from samplers.resampling import RESAMPLERS, ess
 from samplers.schedules import exponential_sigmas, flow_sigmas, karras_sigmas
 from samplers.skip import choose_sigma_skip
 from samplers.solvers import (
@@ -34,32 +40,50 @@ from samplers.solvers import (
     nfe,
     sample,
 )
+from samplers.start import start_particles
+from samplers.targets import Conditioned, Target, annealed, geometric_average, product, reward_tilted
+from samplers.weighted_path import Corrector
 
 __all__ = [
+    "RESAMPLERS",
     "SOLVERS",
+    "Conditioned",
+    "Corrector",
     "Denoiser",
+    "FeynmanKacState",
     "Gaussian",
     "GaussianMixture",
     "Guided",
     "NetworkDenoiser",
+    "Resampling",
     "SampleNoise",
     "Solver",
     "State",
+    "Target",
     "ancestral",
+    "annealed",
     "bound_of",
     "choose_sigma_skip",
     "denoiser_from",
+    "diagnose",
     "dpmpp_2m",
+    "draw",
+    "ess",
     "euler",
     "exponential_sigmas",
+    "feynman_kac",
     "flow_sigmas",
     "gaussian_exponential",
+    "geometric_average",
     "heun",
     "karras_sigmas",
     "nfe",
     "normal_like",
+    "product",
+    "reward_tilted",
     "sample",
     "score",
+    "start_particles",
     "teleport",
     "teleported",
 ]

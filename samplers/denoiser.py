@@ -4,6 +4,7 @@ Everything else follows from it: the score is (D - x) / sigma^2 (Tweedie), the p
 dx/dsigma = (x - D) / sigma, and a one-step student is a denoiser called once.
 """
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -47,7 +48,7 @@ class Guided:
 
     def pair(self, x: Tensor, sigma: Tensor, cond: Any) -> tuple[Tensor, Tensor]:
         """The conditional and the unconditional prediction, each like x."""
-        both = join_conditions(cond, self.uncond, len(x))
+        both = join_conditions([cond, self.uncond], len(x))
         twice = torch.cat([x, x])
         sigmas = sigma.expand(len(x)).repeat(2) if sigma.ndim else sigma
         denoised, denoised_uncond = self.denoiser(twice, sigmas, both).chunk(2)
@@ -60,25 +61,27 @@ class Guided:
         return torch.lerp(denoised_uncond, denoised, self.scale)
 
 
-def join_conditions(first: Any, second: Any, batch: int) -> Any:
-    """Two conditions for batches of the same size as one condition for both, first then second.
+def join_conditions(conds: Sequence[Any], batch: int) -> Any:
+    """The conditions of batches of the same size as one condition for all of them, in their order.
 
-    Conditions are tensors [batch, ...], or dicts, lists and tuples of them (and of values that both share);
+    Conditions are tensors [batch, ...], or dicts, lists and tuples of them (and of values that all share);
     a tensor of one row, or a bare number, stands for the whole batch.
     """
-    if isinstance(first, dict) and isinstance(second, dict) and first.keys() == second.keys():
-        return {key: join_conditions(first[key], second[key], batch) for key in first}
-    if isinstance(first, list | tuple) and isinstance(second, list | tuple) and len(first) == len(second):
-        return type(first)(join_conditions(a, b, batch) for a, b in zip(first, second, strict=True))
-    if isinstance(first, Tensor) and isinstance(second, Tensor | int | float):
-        rows = [t.reshape(1) if t.ndim == 0 else t for t in (first, torch.as_tensor(second).to(first))]
-        if rows[0].shape[1:] != rows[1].shape[1:] or any(len(t) not in (1, batch) for t in rows):
+    first, others = conds[0], conds[1:]
+    if isinstance(first, dict) and all(isinstance(c, dict) and c.keys() == first.keys() for c in others):
+        return {key: join_conditions([c[key] for c in conds], batch) for key in first}
+    if isinstance(first, list | tuple) and all(isinstance(c, list | tuple) and len(c) == len(first) for c in others):
+        return type(first)(join_conditions(parts, batch) for parts in zip(*conds, strict=True))
+    if isinstance(first, Tensor) and all(isinstance(c, Tensor | int | float) for c in others):
+        rows = [t.reshape(1) if t.ndim == 0 else t for t in (torch.as_tensor(c).to(first) for c in conds)]
+        if any(t.shape[1:] != rows[0].shape[1:] or len(t) not in (1, batch) for t in rows):
             shapes = " and ".join(str(list(t.shape)) for t in rows)
             raise ValueError(f"cond, uncond: have shapes {shapes}; accepted are {batch} rows, or 1, of equal shape")
         return torch.cat([t.expand(batch, *t.shape[1:]) for t in rows])
-    if type(first) is type(second) and first == second:
-        return first
-    raise ValueError(f"uncond: {second!r} does not have the form of the condition {first!r}")
+    for other in others:
+        if type(first) is not type(other) or first != other:
+            raise ValueError(f"uncond: {other!r} does not have the form of the condition {first!r}")
+    return first
 
 
 def repeat_conditions(cond: Any, times: int, batch: int) -> Any:

@@ -81,7 +81,7 @@ class GaussianMixture:
         denoised = denoised.reshape(x.shape).to(x.dtype)
         return torch.where(expand(sigma, x) > 0, denoised, x)  # without noise D = x, even for point masses
 
-    def log_density(self, x: Tensor, sigma: Tensor | float = 0.0) -> Tensor:
+    def log_density(self, x: Tensor, sigma: Tensor | float = 0.0, cond: Any = None) -> Tensor:
         """log p(x; sigma) of the mixture with noise of level sigma, [B], in nats.
 
         Raises ValueError where there is no density: a singular covariance at sigma = 0.

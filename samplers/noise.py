@@ -5,6 +5,7 @@ Each sample owns a counter-based Philox stream (Salmon et al. 2011) keyed by (se
 no two streams overlap. Numbers are drawn on the CPU and moved, so they do not depend on the device either.
 """
 
+import copy
 from collections.abc import Iterable
 
 import numpy as np
@@ -31,6 +32,12 @@ class SampleNoise:
 
     def __len__(self) -> int:
         return len(self._streams)
+
+    def __getitem__(self, rows: slice) -> "SampleNoise":
+        """The streams of some samples; what is drawn from them is gone from these."""
+        part = copy.copy(self)
+        part._streams = self._streams[rows]
+        return part
 
     def normal(
         self, shape: Iterable[int], dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"

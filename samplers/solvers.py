@@ -44,7 +44,7 @@ def euler(
     denoiser: Denoiser, x: Tensor, sigmas: Tensor, cond: Any = None, generator: Generator = None
 ) -> Iterator[State]:
     """Euler's method, which is DDIM: x' = D + (sigma' / sigma) (x - D). One evaluation a step, order 1."""
-    for step, (sigma, sigma_next, _) in enumerate(_levels(x, sigmas)):
+    for step, (sigma, sigma_next, _) in enumerate(levels(x, sigmas)):
         denoised = denoiser(x, sigma, cond)
         x = torch.lerp(denoised, x, sigma_next / sigma)
         yield State(x, sigma_next, denoised, step)
@@ -57,7 +57,7 @@ def heun(
 
     The trapezoid rule is the Euler step plus (sigma / sigma' - 1) / 2 times the change of the prediction.
     """
-    for step, (sigma, sigma_next, to_zero) in enumerate(_levels(x, sigmas)):
+    for step, (sigma, sigma_next, to_zero) in enumerate(levels(x, sigmas)):
         denoised = denoiser(x, sigma, cond)
         x = torch.lerp(denoised, x, sigma_next / sigma)
         if not to_zero:
@@ -81,7 +81,7 @@ def ancestral(
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta: {eta} is not in [0, 1]")
-    for step, (sigma, sigma_next, to_zero) in enumerate(_levels(x, sigmas)):
+    for step, (sigma, sigma_next, to_zero) in enumerate(levels(x, sigmas)):
         denoised = denoiser(x, sigma, cond)
         ratio = sigma_next / sigma
         up = eta * sigma_next * (1 - ratio**2).sqrt()
@@ -101,7 +101,7 @@ def dpmpp_2m(
     The first step, and a last step to 0, are Euler steps.
     """
     denoised_before, h_before = x, None
-    for step, (sigma, sigma_next, to_zero) in enumerate(_levels(x, sigmas)):
+    for step, (sigma, sigma_next, to_zero) in enumerate(levels(x, sigmas)):
         denoised = denoiser(x, sigma, cond)
         h = torch.log(sigma / sigma_next)
         extrapolated = denoised
@@ -133,7 +133,7 @@ def gaussian_exponential(
     if order not in (1, 2):
         raise ValueError(f"order: {order}; accepted are 1 and 2")
     before: tuple[Tensor, tuple[Tensor, ...]] | None = None
-    for step, (sigma, sigma_next, to_zero) in enumerate(_levels(x, sigmas)):
+    for step, (sigma, sigma_next, to_zero) in enumerate(levels(x, sigmas)):
         denoised = denoiser(x, sigma, cond)
         if to_zero:
             x = denoised
@@ -169,14 +169,19 @@ def sample(
     x is given at sigmas[0]: sigmas[0] * noise for a fresh start. No gradients are recorded. Raises ValueError for
     levels outside the range [sigma_min, sigma_max] that the denoiser publishes.
     """
-    low, high = getattr(denoiser, "sigma_min", 0.0), getattr(denoiser, "sigma_max", float("inf"))
-    for sigma in sigmas.flatten().tolist():
-        if sigma and not low * (1 - 1e-6) <= sigma <= high * (1 + 1e-6):
-            raise ValueError(f"sigmas: {sigma:.6g} is outside the denoiser's range [{low:.6g}, {high:.6g}]")
+    check_range(denoiser, sigmas)
     with torch.no_grad():
         for state in solver(denoiser, x, sigmas, cond, generator):
             x = state.x
     return x
+
+
+def check_range(denoiser: Denoiser, sigmas: Tensor) -> None:
+    """Raises ValueError for a positive level outside the range [sigma_min, sigma_max] that the denoiser publishes."""
+    low, high = getattr(denoiser, "sigma_min", 0.0), getattr(denoiser, "sigma_max", float("inf"))
+    for sigma in sigmas.flatten().tolist():
+        if sigma and not low * (1 - 1e-6) <= sigma <= high * (1 + 1e-6):
+            raise ValueError(f"sigmas: {sigma:.6g} is outside the denoiser's range [{low:.6g}, {high:.6g}]")
 
 
 def nfe(solver: Solver, sigmas: Tensor, shape: Sequence[int] = ()) -> int:
@@ -197,15 +202,15 @@ def nfe(solver: Solver, sigmas: Tensor, shape: Sequence[int] = ()) -> int:
     return calls
 
 
-def _levels(x: Tensor, sigmas: Tensor) -> Iterator[tuple[Tensor, Tensor, bool]]:
+def levels(x: Tensor, sigmas: Tensor) -> Iterator[tuple[Tensor, Tensor, bool]]:
     """Neighbouring levels on x's device, and whether the lower one is 0; at most one copy from the device."""
     if x.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"x: is {x.dtype}; the state must be float32 or float64 (autocast the network instead)")
     if sigmas.ndim != 1 or len(sigmas) < 2:
         raise ValueError(f"sigmas: has shape {list(sigmas.shape)}; needed is a 1-D tensor of at least two levels")
     sigmas = sigmas.to(x.dtype)  # before the checks: levels may coincide, or be 0, in the state's precision only
-    levels = sigmas.tolist()
-    if not all(a > b >= 0 for a, b in pairwise(levels)) or levels[0] == float("inf"):
-        raise ValueError(f"sigmas: {levels} do not fall strictly from a finite level to >= 0")
-    for (sigma, sigma_next), level_next in zip(pairwise(sigmas.to(x.device).unbind()), levels[1:], strict=True):
+    values = sigmas.tolist()
+    if not all(a > b >= 0 for a, b in pairwise(values)) or values[0] == float("inf"):
+        raise ValueError(f"sigmas: {values} do not fall strictly from a finite level to >= 0")
+    for (sigma, sigma_next), level_next in zip(pairwise(sigmas.to(x.device).unbind()), values[1:], strict=True):
         yield sigma, sigma_next, level_next == 0

@@ -104,15 +104,15 @@ def test_conditions_of_every_form_are_joined_first_then_second() -> None:
     first = {"a": torch.ones(2, 3), "b": [torch.zeros(1, 2), 5], "c": ("x", None, True)}
     second = {"a": torch.full((1, 3), 2), "b": [7, 5], "c": ("x", None, True)}
     with pytest.raises(ValueError, match="equal shape"):
-        join_conditions(first, second, 2)
+        join_conditions([first, second], 2)
     second["b"] = [torch.ones(2, 2), 5]
-    joined = join_conditions(first, second, 2)
+    joined = join_conditions([first, second], 2)
     assert torch.equal(joined["a"], torch.tensor([[1.0] * 3, [1.0] * 3, [2.0] * 3, [2.0] * 3]))
     assert torch.equal(joined["b"][0], torch.tensor([[0.0, 0], [0, 0], [1, 1], [1, 1]]))
     assert joined["b"][1] == 5
     assert joined["c"] == ("x", None, True)
-    assert join_conditions(None, None, 2) is None
-    assert join_conditions(torch.tensor([3, 4]), 9, 2).dtype == torch.int64
+    assert join_conditions([None, None], 2) is None
+    assert join_conditions([torch.tensor([3, 4]), 9], 2).dtype == torch.int64
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_conditions_of_every_form_are_joined_first_then_second() -> None:
 )
 def test_conditions_that_do_not_fit_raise(cond, uncond) -> None:
     with pytest.raises(ValueError, match="cond"):
-        join_conditions(cond, uncond, 3)
+        join_conditions([cond, uncond], 3)
 
 
 def test_conditions_of_every_form_are_repeated_as_whole_batches() -> None:
@@ -150,7 +150,7 @@ def test_conditions_of_every_form_are_repeated_as_whole_batches() -> None:
     assert repeat_conditions(None, 3, 2) is None
     assert repeat_conditions(torch.tensor([5]), 2, 1).tolist() == [5, 5]
     assert torch.equal(repeat_conditions(rows, 1, 2), rows)
-    assert torch.equal(repeat_conditions(rows, 2, 2), join_conditions(rows, rows, 2))
+    assert torch.equal(repeat_conditions(rows, 2, 2), join_conditions([rows, rows], 2))
     assert torch.equal(cond["a"], rows)  # what was given is left alone
 
 

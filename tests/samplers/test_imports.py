@@ -10,8 +10,8 @@ def test_a_fresh_import_of_samplers_loads_no_other_package() -> None:
     assert result.stdout.strip() == "[]"
 
 
-def test_every_public_name_exists_and_there_are_at_most_thirty() -> None:
+def test_every_public_name_exists_and_there_are_at_most_forty_five() -> None:
     import samplers
 
     assert all(hasattr(samplers, name) for name in samplers.__all__)
-    assert len(samplers.__all__) == len(set(samplers.__all__)) <= 30
+    assert len(samplers.__all__) == len(set(samplers.__all__)) <= 45

@@ -1,0 +1,124 @@
+"""Feynman-Kac correctors: weighted particles that follow a target's laws from noise to data, resampled on the way.
+
+Exact annealing, guidance, products of experts and rewards by sequential Monte Carlo (Skreta et al. 2025, arXiv
+2503.02819), with the targets of `samplers.targets`, the weights of `samplers.weighted_path`, and the schemes of
+`samplers.resampling`. A run is a generator of states; `samplers.diagnosis` says whether to trust it.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from samplers.noise import SampleNoise
+from samplers.particles import Particles
+from samplers.resampling import LogWeights
+from samplers.solvers import Generator, State, check_range, levels
+from samplers.targets import Target
+from samplers.weighted_path import Corrector, Path
+
+
+@dataclass(frozen=True)
+class FeynmanKacState(State):
+    """Where the particles stand after a step: a weighted sample of the target at `sigma`.
+
+    x [groups K, ...], a group's particles together; denoised: the target's prediction sum b_i D_i / B at x; weights,
+    ancestors, unique ancestors, log-evidence: `particles` has them, [groups, K] and [groups].
+    The log-evidence is that of integral of the unnormalised target over what the first log-weights were relative to.
+    """
+
+    particles: Particles
+
+    @property
+    def log_weights(self) -> Tensor:
+        """[groups, K], float64, unnormalised."""
+        return self.particles.weights.values
+
+    @property
+    def ess(self) -> Tensor:
+        """The effective sample size of each group, [groups]."""
+        return self.particles.weights.ess
+
+    @property
+    def ancestors(self) -> Tensor:
+        """[groups, K]: whose place in its group each particle held before the step."""
+        return self.particles.ancestors
+
+    @property
+    def log_evidence(self) -> Tensor:
+        """[groups], in nats."""
+        return self.particles.log_evidence
+
+    @property
+    def unique_ancestors(self) -> Tensor:
+        """[groups]: how many of the first particles have descendants."""
+        return self.particles.unique_ancestors
+
+
+def feynman_kac(
+    target: Target,
+    x: Tensor,
+    sigmas: Tensor,
+    cond: Any = None,
+    generator: Generator = None,
+    *,
+    groups: int = 1,
+    log_weights: Tensor | None = None,
+    corrector: Corrector | None = None,
+) -> Iterator[FeynmanKacState]:
+    """Steps particles x [groups K, ...], given at sigmas[0], down the schedule; yields the state after every step.
+
+    The last state with its log_weights is a weighted sample of the target (`draw` takes particles from it). One
+    evaluation of every denoiser a step. A last step to 0 takes the prediction and has no increment but the rewards'.
+    log_weights: of the start, [groups, K]; `start_particles` gives them with x. cond: for denoisers without a condition
+    of their own, the same within a group. generator: a SampleNoise makes every group the run that it is alone.
+    Raises ValueError for groups that do not divide the batch, weights that are not finite, exponents that vary without
+    zeta = 1 or a trace, and what the target, the schedule and the denoisers refuse. Warns where the score form's
+    weights have no finite variance (zeta^2 <= 1 - 1 / B).
+    """
+    path = Path(target, Corrector() if corrector is None else corrector, cond, generator, groups)
+    resampling = path.corrector.resampling
+    if groups < 1 or len(x) % groups or not len(x):
+        raise ValueError(f"groups: {groups} do not divide a batch of {len(x)} particles")
+    for denoiser in target.denoisers:
+        check_range(denoiser, sigmas)
+    grid = [float(level) for level, _, _ in levels(x, sigmas)] + [float(sigmas[-1])]
+    path.check(grid)
+    weights = LogWeights.equal(groups, len(x) // groups, x.device)
+    if log_weights is not None:
+        if log_weights.numel() != len(x):
+            raise ValueError(
+                f"log_weights: have shape {list(log_weights.shape)}; needed is {list(weights.values.shape)}"
+            )
+        weights = weights + log_weights.reshape(weights.values.shape)
+
+    sigma = grid[0]
+    found = path.evaluate(x, sigma)._replace(logs=path.first_logs(x, sigma))
+    particles = Particles.begin(weights + found.tilt.reshape(weights.values.shape), sigma)
+    for step, sigma_next in enumerate(grid[1:]):
+        particles, index = particles.resample(resampling, generator, sigma)
+        if index is not None:
+            x, found = x[index], found.take(index)
+        weighs = resampling.acts_at(sigma)
+        x, sigma, found, increments = path.step(x, found, sigma, sigma_next, weighs)
+        particles = particles.weigh(increments, resampling, sigma)
+        yield FeynmanKacState(x, torch.tensor(sigma).to(x), found.denoised, step, particles)
+
+
+def draw(state: FeynmanKacState, n: int = 1, generator: Generator = None) -> Tensor:
+    """n independent particles of each group by their weights, [groups n, ...], a group's together."""
+    groups, k = state.log_weights.shape
+    if isinstance(generator, SampleNoise):
+        if len(generator) != groups * k or n > k:
+            raise ValueError(
+                f"generator: has {len(generator)} streams; needed is one for each of {groups * k} particles"
+            )
+        u = generator.uniform(state.x.device).reshape(groups, k)[:, :n]
+    else:
+        device = state.x.device if generator is None else generator.device
+        u = torch.rand((groups, n), generator=generator, dtype=torch.float64, device=device).to(state.x.device)
+    cumulative = state.particles.weights.probabilities.cumsum(1)
+    chosen = torch.searchsorted(cumulative / cumulative[:, -1:], u.contiguous(), right=True).clamp_max(k - 1)
+    return state.x[(chosen + torch.arange(groups, device=chosen.device)[:, None] * k).flatten()]

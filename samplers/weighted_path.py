@@ -1,0 +1,293 @@
+"""One step of a Feynman-Kac corrector: how particles move, and what their log-weights gain.
+
+Powers and products of noised laws are not the noised laws of anything, so particles that follow the sum of the scores
+collect a factor on their way (Skreta et al. 2025, arXiv 2503.02819). With s_i = (D_i - x) / v, v = sigma^2, S = sum
+b_i s_i, B = sum b_i, a particle that moves down by dv with drift c S dv and noise of variance zeta^2 dv gains
+dv [(c - (1 + zeta^2) / 2) div S + (c - zeta^2 / 2) |S|^2 - sum b_i |s_i|^2 / 2].
+score form: c = (1 + zeta^2) / 2, no divergence. trace form: c = (zeta^2 + 1 / B) / 2, exact for Gaussians.
+Climbing back (churn) costs what descending gave. Rewards are weighed by their change, and steering by their gradient by
+the ratio of the two steps' densities, exact for finite steps too (Wu et al. 2023, arXiv 2306.17775).
+"""
+
+import math
+import warnings
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from samplers.denoiser import Denoiser
+from samplers.noise import SampleNoise, normal_like
+from samplers.particles import Resampling
+from samplers.solvers import Generator
+from samplers.targets import Target
+
+Form = Literal["score", "trace"]
+Proposal = Literal["ancestral", "euler_maruyama"]
+Rule = Literal["left", "trapezoid"]
+
+
+_RESAMPLING = Resampling()
+
+
+@dataclass(frozen=True)
+class Corrector:
+    """How particles move and what they are weighed by.
+
+    form: `score` or `trace` (see the module); None is the score form where the exponents sum to 1 and the trace form
+    elsewhere. zeta: the step's noise over the model's own; None is 1 in the score form and B^-1/2 in the trace form,
+    which is the model's own sampler with its noise scaled. proposal: `ancestral` integrates the noise exactly and
+    holds the prediction, `euler_maruyama` holds the drift. rule: where a step's weight is taken, at its beginning
+    (`left`) or at both ends (`trapezoid`). probes: random directions for the trace, shared by a group's particles;
+    None is the exact trace, d products. churn: before a step noise climbs to (1 + churn) sigma.
+    resampling: None is Resampling() with the defaults that `feynman_kac` names.
+    """
+
+    form: Form | None = None
+    zeta: float | None = None
+    proposal: Proposal = "ancestral"
+    rule: Rule = "left"
+    probes: int | None = 1
+    churn: float = 0.0
+    resampling: Resampling = _RESAMPLING
+
+    def __post_init__(self) -> None:
+        for name, kinds in (("form", Form), ("proposal", Proposal), ("rule", Rule)):
+            value = getattr(self, name)
+            if value not in get_args(kinds) and not (name == "form" and value is None):
+                raise ValueError(f"{name}: {value!r}; accepted are {', '.join(get_args(kinds))}")
+        if self.zeta is not None and not 0 <= self.zeta < math.inf:
+            raise ValueError(f"zeta: {self.zeta}; accepted are numbers of at least 0")
+        if self.probes is not None and (self.probes < 1 or int(self.probes) != self.probes):
+            raise ValueError(f"probes: {self.probes}; accepted are whole numbers of at least 1, and None for all")
+        if not 0 <= self.churn < math.inf:
+            raise ValueError(f"churn: {self.churn}; accepted are numbers of at least 0")
+
+    def traces(self, total: float) -> bool:
+        """Whether the weight has a trace, for exponents of this sum. (With a sum of 1 the trace's factor is 0.)"""
+        return self.form == "trace" if self.form is not None else abs(total - 1) > 1e-9
+
+    def noise(self, total: float) -> float:
+        """zeta for exponents of this sum."""
+        if self.zeta is not None:
+            return self.zeta
+        return total**-0.5 if self.traces(total) else 1.0
+
+
+class Found(NamedTuple):
+    """What is known of the particles at a level: [B, ...], or [terms, B, ...] for the last three.
+
+    rate: of the log-weight, per unit of v, without what all particles share. steer: the gradient of steering tilts.
+    Scores, their divergences and log q_i are kept for exponents that vary.
+    """
+
+    denoised: Tensor
+    rate: Tensor
+    tilt: Tensor
+    steer: Tensor | None = None
+    scores: Tensor | None = None
+    divergences: Tensor | None = None
+    logs: Tensor | None = None
+
+    def take(self, index: Tensor) -> "Found":
+        own = (v if v is None else v[index] for v in self[:4])
+        per_term = (v if v is None else v[:, index] for v in self[4:])
+        return Found(*own, *per_term)  # type: ignore[arg-type]
+
+
+class Path:
+    """One run's evaluations and steps."""
+
+    def __init__(self, target: Target, corrector: Corrector, cond: Any, generator: Generator, groups: int) -> None:
+        self.target, self.corrector, self.cond, self.generator = target, corrector, cond, generator
+        self.groups = groups
+
+    def check(self, grid: list[float]) -> None:
+        """Exponents at all levels; what the weight can and cannot be."""
+        corrector = self.corrector
+        for sigma in grid:
+            total = sum(self.target.exponents_at(sigma))
+            zeta, traces = corrector.noise(total), corrector.traces(total)
+            if self.target.varies and not traces and zeta != 1:
+                raise ValueError(f"zeta: {zeta}; exponents that depend on sigma need 1, or form 'trace'")
+        if corrector.churn and corrector.rule == "trapezoid":
+            raise ValueError("rule: 'trapezoid' needs an evaluation at the level that churn leaves; accepted is 'left'")
+        total = sum(self.target.exponents_at(grid[0]))
+        zeta = corrector.noise(total)
+        if not corrector.traces(total) and total > 1 + 1e-9 and zeta**2 <= 1 - 1 / total:
+            warnings.warn(
+                f"zeta: {zeta:.3g} with exponents of sum {total:.3g} gives weights without a finite variance: zeta^2 = "
+                f"{zeta**2:.3g} is not above 1 - 1 / B = {1 - 1 / total:.3g}; raise zeta or use form 'trace'",
+                UserWarning,
+                stacklevel=3,
+            )
+
+    def evaluate(self, x: Tensor, sigma: float) -> Found:
+        """Everything at x [B, ...] but log q_i, which a path carries along and `evaluate` begins only at its start."""
+        target, v = self.target, sigma**2
+        exponents = target.exponents_at(sigma)
+        total = sum(exponents)
+        traces, zeta = self.corrector.traces(total), self.corrector.noise(total)
+        by_term = target.varies and zeta != 1
+        diverges = by_term or (traces and abs(total - 1) > 1e-9)
+        steers = any(tilt.gradient for tilt in target.tilts)
+        level = torch.tensor(sigma, dtype=x.dtype, device=x.device)
+        with torch.set_grad_enabled(diverges or steers):
+            copies = len(exponents) if by_term else 1
+            leaves = [x.detach().clone().requires_grad_(diverges or steers) for _ in range(copies)]
+            predictions = target.predict([leaves[min(i, copies - 1)] for i in range(len(exponents))], level, self.cond)
+            mean = _weighted(exponents, predictions) / total
+            steer = self._steer(mean, leaves, sigma, keep=diverges) if steers else None
+            traced = self._traces(predictions if by_term else [mean], leaves) if diverges else None
+
+        mean, predictions = mean.detach(), [d.detach() for d in predictions]
+        axes = tuple(range(1, x.ndim))
+        rate = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+        if len(predictions) > 1:
+            for b, d in zip(exponents, predictions, strict=True):
+                rate -= 0.5 * b * (d - mean).square().sum(axes).double() / v**2
+        if traces and traced is not None and abs(total - 1) > 1e-9:
+            joint = _weighted(exponents, traced) / total if by_term else traced[0]
+            rate += 0.5 * (1 - total) * joint.double() / v
+        elif not traces:
+            rate += 0.5 * total * (total - 1) * (mean - x).square().sum(axes).double() / v**2
+        with torch.no_grad():
+            tilt = target.tilt(mean, sigma)
+        scores = divergences = None
+        if target.varies:
+            scores = torch.stack([(d - x) / v for d in predictions])
+            if by_term and traced is not None:
+                divergences = (torch.stack(traced).double() - x[0].numel()) / v
+        return Found(mean, rate, tilt, steer, scores, divergences)
+
+    def _steer(self, mean: Tensor, leaves: list[Tensor], sigma: float, keep: bool) -> Tensor:
+        """The gradient of the steering tilts, like x."""
+        total = self.target.tilt(mean, sigma, gradient=True).sum()
+        if not total.requires_grad:
+            raise ValueError("reward: has no gradient; leave out gradient=True, the target is the same")
+        return sum(torch.autograd.grad(total, leaves, retain_graph=keep))  # type: ignore[return-value]
+
+    def _traces(self, outputs: list[Tensor], leaves: list[Tensor]) -> list[Tensor]:
+        """The traces of the Jacobians of outputs [B, ...] by their leaves, each [B], exact or by probes."""
+        x = leaves[0]
+        if not all(out.requires_grad for out in outputs):
+            raise ValueError("form: 'trace' needs denoisers that can be differentiated; accepted without is 'score'")
+        exact = self.corrector.probes is None
+        n = self.corrector.probes or x[0].numel()
+        found = [torch.zeros(len(x), dtype=torch.float64, device=x.device) for _ in outputs]
+        for j in range(n):
+            if exact:
+                probe = torch.zeros_like(x[:1]).flatten()
+                probe[j] = 1.0
+                probe = probe.reshape(x[:1].shape)
+            else:
+                probe = self._group_noise(x).sign()
+            products = torch.autograd.grad([(out * probe).sum() for out in outputs], leaves, retain_graph=j + 1 < n)
+            for total, product in zip(found, products, strict=True):
+                total += (product * probe).flatten(1).sum(1).double() / (1 if exact else n)
+        return found
+
+    def _group_noise(self, x: Tensor) -> Tensor:
+        """Normal numbers that a group's particles share, like x."""
+        k = len(x) // self.groups
+        generator = self.generator[::k] if isinstance(self.generator, SampleNoise) else self.generator
+        return normal_like(x[::k], generator).repeat_interleave(k, 0)
+
+    def first_logs(self, x: Tensor, sigma: float) -> Tensor | None:
+        """log q_i(x; sigma) [terms, B]: a denoiser's own log-density, or that of the noise alone."""
+        if not self.target.varies:
+            return None
+        return torch.stack([log_density(d, x, sigma, self.cond) for d in self.target.denoisers])
+
+    def step(
+        self, x: Tensor, found: Found, sigma: float, sigma_next: float, weighs: bool
+    ) -> tuple[Tensor, float, Found, Tensor]:
+        """One step down, and up again with churn: the particles, their level, what is known there, the increments."""
+        corrector, exponents = self.corrector, self.target.exponents_at(sigma)
+        total = sum(exponents)
+        moved, increments = self._descend(x, found, sigma, sigma_next, total)
+        if sigma_next == 0:
+            tilt = self.target.tilt(moved, 0.0)
+            return moved, 0.0, found._replace(denoised=moved, tilt=tilt), increments + tilt - found.tilt
+
+        raised, climbed, v, v_next = sigma_next * (1 + corrector.churn), moved, sigma**2, sigma_next**2
+        if corrector.churn:
+            noise = (raised**2 - v_next) / (total if corrector.traces(total) else 1.0)
+            climbed = moved + noise**0.5 * normal_like(moved, self.generator)
+        after = self.evaluate(climbed, raised)
+        increments = increments + after.tilt - found.tilt
+        base = (v - v_next) * (found.rate if corrector.rule == "left" else 0.5 * (found.rate + after.rate))
+        base = base - (raised**2 - v_next) * after.rate
+        if corrector.traces(total):  # what all particles share, integrated exactly
+            base = base + (total - 1) * x[0].numel() * math.log(sigma / raised)
+        if found.logs is not None:
+            logs = self._carried(found, after, x, moved, climbed, (sigma, sigma_next, raised))
+            after = after._replace(logs=logs)
+            changes = torch.tensor(self.target.exponents_at(raised)) - torch.tensor(exponents)
+            base = base + (changes.to(base)[:, None] * logs).sum(0)
+        return climbed, raised, after, increments + base if weighs else increments
+
+    def _descend(self, x: Tensor, found: Found, sigma: float, sigma_next: float, total: float) -> tuple[Tensor, Tensor]:
+        """The particles at sigma_next, and what steering adds to their log-weights."""
+        corrector, v, v_next = self.corrector, sigma**2, sigma_next**2
+        zeta, nothing = corrector.noise(total), torch.zeros_like(found.rate)
+        if sigma_next == 0:
+            return found.denoised, nothing
+        pull = 0.5 * (1 + zeta**2 * total) if corrector.traces(total) else 0.5 * (1 + zeta**2) * total
+        if corrector.proposal == "ancestral":  # dx = pull (D - x) dv / v + zeta dw, solved for a constant D
+            ratio, power = v_next / v, 2 * pull - 1
+            moved = torch.lerp(found.denoised, x, ratio**pull)
+            spread = -math.log(ratio) if abs(power) < 1e-9 else (1 - ratio**power) / power
+            variance = zeta**2 * v_next * spread
+        else:
+            moved, variance = torch.lerp(x, found.denoised, pull * (1 - v_next / v)), zeta**2 * (v - v_next)
+        if not variance:
+            return moved, nothing
+        noise = normal_like(x, self.generator)
+        moved = moved + variance**0.5 * noise
+        if found.steer is None:
+            return moved, nothing
+        g = found.steer.flatten(1).double()
+        density_ratio = -(variance**0.5) * (g * noise.flatten(1)).sum(1) - 0.5 * variance * g.square().sum(1)
+        return moved + variance * found.steer, density_ratio
+
+    def _carried(
+        self, found: Found, after: Found, x: Tensor, moved: Tensor, climbed: Tensor, sigmas: tuple[float, float, float]
+    ) -> Tensor:
+        """log q_i along a step, [terms, B], by Ito's formula; sigmas: before, at `moved` and at `climbed`.
+
+        Down: dL = <s, dx> - |s|^2 dv / 2 + (zeta^2 - 1) div s dv / 2. Up, with the scores at the upper end, the same
+        with the other sign of zeta^2 - 1.
+        """
+        total = sum(self.target.exponents_at(sigmas[0]))
+        zeta2, up = self.corrector.noise(total) ** 2, 1 / total if self.corrector.traces(total) else 1.0
+        v, v_next, v_raised = (sigma**2 for sigma in sigmas)
+        logs = found.logs
+        assert logs is not None
+        legs = [(found, moved - x, v - v_next, zeta2 - 1)]
+        if v_raised > v_next:
+            legs.append((after, climbed - moved, v_next - v_raised, up - 1))
+        for point, dx, dv, excess in legs:
+            assert point.scores is not None
+            s = point.scores.flatten(2)
+            logs = logs + (s * dx.flatten(1)).sum(2).double() - 0.5 * dv * s.square().sum(2).double()
+            if point.divergences is not None:
+                logs = logs + 0.5 * excess * dv * point.divergences
+        return logs
+
+
+def _weighted(exponents: list[float], values: list[Tensor]) -> Tensor:
+    """sum_i b_i v_i."""
+    total = exponents[0] * values[0]
+    for b, v in zip(exponents[1:], values[1:], strict=True):
+        total = total + b * v
+    return total
+
+
+def log_density(denoiser: Denoiser, x: Tensor, sigma: float, cond: Any = None) -> Tensor:
+    """log q(x; sigma), [B], float64: the denoiser's own, or the noise's, N(0, sigma^2)."""
+    if hasattr(denoiser, "log_density"):
+        return denoiser.log_density(x, sigma, cond).double()
+    flat = x.flatten(1).double()
+    return -0.5 * (flat.square().sum(1) / sigma**2 + flat.shape[1] * math.log(2 * math.pi * sigma**2))
