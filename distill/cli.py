@@ -14,7 +14,7 @@ from functools import partial
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
@@ -22,7 +22,10 @@ from pydantic import ValidationError
 
 from distill.config import COMMANDS, FitGaussian, Train
 from distill.progress import Progress, is_first
-from distill.sections import SolverName
+from distill.sections import SolverName, TargetName
+
+if TYPE_CHECKING:
+    from distill.particles import TargetChoice
 
 _DESCRIPTION = """One-step students of diffusion models.
 
@@ -174,6 +177,14 @@ def _sample_parser() -> ArgumentParser:
     parser.add_argument("--steps", type=int, default=18, help="of the sampler")
     parser.add_argument("--guidance", type=float, default=1.0, help="classifier-free guidance scale; 1 is none")
     parser.add_argument("--device", type=str, default="cpu", help="where the network runs")
+    corrected = parser.add_argument_group("Feynman-Kac correctors: an exact target by weighted particles")
+    corrected.add_argument("--target", type=TargetName, help="guided, annealed, product or reward")
+    corrected.add_argument("--particles", type=int, help="of which each image is drawn (default 16)")
+    corrected.add_argument("--beta", type=float, help="the power of annealed and product (default 1)")
+    corrected.add_argument("--classes", type=int, nargs="+", help="whose laws a product multiplies: 3 8")
+    corrected.add_argument("--reward", type=str, help="MODULE:FUNCTION of images and labels, in nats")
+    corrected.add_argument("--scale", type=float, help="of the reward (default 1)")
+    corrected.add_argument("--steer", action="store_true", help="by the reward's gradient too")
     return parser
 
 
@@ -249,19 +260,54 @@ def _sample(arguments: Namespace) -> None:
 
     import torch
 
-    from distill.generate import load_generator
+    from distill.generate import ImageGenerator, load_generator
+    from distill.particles import ParticleGenerator, load_particle_generator
     from distill.pictures import save_grid, side_by_side
 
-    grids = []
+    choice, grids = _target(arguments), []
     for name, path in (_named(source) for source in arguments.sources):
-        generator = load_generator(path, arguments.sampler, arguments.steps, arguments.guidance, arguments.device)
+        steps, guidance, device = arguments.steps, arguments.guidance, arguments.device
+        generator: ImageGenerator | ParticleGenerator
+        if choice is None:
+            generator = load_generator(path, arguments.sampler, steps, guidance, device)
+        else:
+            generator = load_particle_generator(path, choice, steps, guidance, device)
         batches = [range(k, min(k + 500, arguments.n)) for k in range(0, arguments.n, 500)]
         grids.append((f"{name}, {generator.nfe} NFE", torch.cat([generator(arguments.seed, b) for b in batches])))
+        if isinstance(generator, ParticleGenerator) and generator.choice.particles > 1:
+            _say(
+                f"{name}: of {generator.choice.particles} particles at least {generator.lowest_ess:.1f} carried weight, and at "
+                f"least {generator.fewest_ancestors:.0f} have descendants"
+            )
     if len(grids) == 1:
         save_grid(grids[0][1], out)
     else:
         side_by_side(grids, out)
     _say(f"{out}: {arguments.n} samples each of {', '.join(title for title, _ in grids)}")
+
+
+def _target(arguments: Namespace) -> "TargetChoice | None":
+    """What the options of a corrector ask for; None without --target, which every other option needs."""
+    names = ("particles", "beta", "classes", "reward", "scale")
+    given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    if arguments.steer:
+        given["steer"] = True
+    if arguments.target is None:
+        if given:
+            raise ValueError(f"--{next(iter(given))}: is for --target guided, annealed, product or reward")
+        return None
+    uses = {"guided": (), "annealed": ("beta",), "product": ("beta", "classes"), "reward": ("reward", "scale", "steer")}
+    for name in given:
+        if name not in ("particles", *uses[arguments.target]):
+            raise ValueError(f"--{name}: is not for --target {arguments.target}")
+
+    from distill.particles import TargetChoice, import_reward
+
+    if "reward" in given:
+        given["reward"] = import_reward(given["reward"])
+    if "classes" in given:
+        given["classes"] = tuple(given["classes"])
+    return TargetChoice(arguments.target, **given)
 
 
 def _named(source: str) -> tuple[str, str]:

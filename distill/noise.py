@@ -15,6 +15,7 @@ TEACHER_SAMPLES = 2  # of the teacher's samples that a discriminator takes for r
 DEGRADATION, PROBE = 3, 4  # of the first stage of DisBack, and of the batch that it is judged by
 MISMATCH = 5  # of the samples whose law a mismatch is measured at
 LATENTS, JUDGED = 6, 7  # of images as a VAE encodes them, and of which samples a Gaussian is judged by
+PARTICLES = 8  # of the weighted particles that an image is drawn from
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Scale = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 SolverName = Literal["euler", "heun", "ancestral", "dpmpp_2m"]
+TargetName = Literal["guided", "annealed", "product", "reward"]
 ToyName = Literal["two-modes", "ring", "grid"]
 DivergenceName = Literal[
     "reverse-kl",

@@ -8,6 +8,7 @@ pipelines differ in whether they take latents, timesteps or sigmas, but each loo
 
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
@@ -15,6 +16,7 @@ from einops import rearrange
 from torch import Tensor
 
 from samplers.gaussian import Gaussian, Mode
+from samplers.network_hook import NetworkHook
 from samplers.skip import Skip
 from samplers.teleport_checks import (
     check_gaussian,
@@ -28,8 +30,6 @@ from samplers.teleport_checks import (
 from samplers.teleport_scheduler import JumpingScheduler
 
 __all__ = ["Run", "Teleport", "teleport", "vae_facts"]
-
-_HOOK = "teleport"
 
 
 @dataclass(frozen=True)
@@ -72,23 +72,15 @@ class Teleport:
         self.pipe, self.gaussian, self.sigma_skip, self.mode = pipe, gaussian, sigma_skip, mode
         self.certificate, self.family = certificate, family_of(pipe)
         self._jump: JumpingScheduler | None = None
-        self._network: Any = None  # while attached
-        self._forward: Any = None  # the network's, while attached
-        self._had: set[str] = set()
+        self._hook = NetworkHook("teleport", self._through)
         self._network_calls, self._guided, self._warned = 0, False, False
         self._unmade: list[_Call] = []
 
     def attach(self) -> Self:
         """Make the pipeline jump in every call from now on. Raises ValueError, and changes nothing, if it cannot."""
-        from diffusers.hooks import HookRegistry
-
-        check_unattached(self.pipe, self.family, _HOOK)
+        check_unattached(self.pipe, self.family)
         check_scheduler(self.pipe, self.family)
-        self._network = getattr(self.pipe, self.family.network)
-        self._had = {name for name in ("forward", "_diffusers_hook") if name in vars(self._network)}
-        # Registered last, it is the outermost hook: caches and offloading do not see the call that is not made.
-        HookRegistry.check_if_exists_or_initialize(self._network).register_hook(self._hook(), _HOOK)
-        self._forward = self._network.forward
+        self._hook.attach(getattr(self.pipe, self.family.network))
         self._jump = JumpingScheduler(
             self.pipe.scheduler, self.gaussian, self.sigma_skip, self.mode, self._begun, self._opened, self._closed
         )
@@ -97,22 +89,10 @@ class Teleport:
 
     def detach(self) -> None:
         """Give the pipeline back as it was; nothing if it is not attached."""
-        if self._jump is None or self._network is None:
+        if self._jump is None or self._hook.network is None:
             return
         self._jump.detach()
-        network, outer = self._network, self._network.forward
-        registry = network._diffusers_hook
-        inner = registry.get_hook(_HOOK).fn_ref.original_forward
-        registry.remove_hook(_HOOK, recurse=False)
-        if outer is not self._forward:  # wrapped since, or unwrapped, by accelerate's offloading
-            network.forward = outer
-            if vars(network).get("_old_forward") is self._forward:
-                network._old_forward = inner
-        elif not registry.hooks and "forward" not in self._had:
-            del network.forward
-        if not registry.hooks and "_diffusers_hook" not in self._had:
-            del network._diffusers_hook
-        self._network = None
+        self._hook.detach()
 
     def __enter__(self) -> Self:
         return self.attach()
@@ -167,21 +147,15 @@ class Teleport:
         bound = self.gaussian.bound.at(sigma) if self.gaussian.bound is not None else math.inf
         return (bound if math.isfinite(bound) else None), 0.0
 
-    def _hook(self) -> Any:
-        from diffusers.hooks import ModelHook
+    def _through(self, network: Any, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         from diffusers.models.modeling_outputs import Transformer2DModelOutput
         from diffusers.models.unets.unet_2d import UNet2DOutput
 
-        teleport, output = self, UNet2DOutput if self.family.network == "unet" else Transformer2DModelOutput
-
-        class Answer(ModelHook):
-            def new_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
-                zeros = teleport._answer(module, args, kwargs)
-                if zeros is None:
-                    return self.fn_ref.original_forward(*args, **kwargs)
-                return output(sample=zeros) if kwargs.get("return_dict", True) else (zeros,)
-
-        return Answer()
+        zeros = self._answer(network, args, kwargs)
+        if zeros is None:
+            return inner(*args, **kwargs)
+        output = UNet2DOutput if self.family.network == "unet" else Transformer2DModelOutput
+        return output(sample=zeros) if kwargs.get("return_dict", True) else (zeros,)
 
     def _answer(self, network: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
         """What the network's call gives if nothing will read it; None if it has to be made."""
@@ -200,12 +174,7 @@ class Teleport:
 
     def _begun(self) -> None:
         self._network_calls, self._guided, self._unmade = 0, False, []
-        wrapped = self._network.forward
-        while wrapped is not None and wrapped is not self._forward:
-            wrapped = getattr(wrapped, "__wrapped__", None)
-        if wrapped is None:  # diffusers' offloading puts the network's forward back after every call
-            self._network._diffusers_hook.get_hook(_HOOK).fn_ref.original_forward = self._network.forward
-            self._network.forward = self._forward
+        self._hook.reattach()
 
     def _opened(self, latents: Tensor) -> tuple[Tensor, Tensor | None]:
         """The state [B, *shape] in a pipeline's latents, and its classes [B]. Raises ValueError for another shape."""
@@ -220,7 +189,7 @@ class Teleport:
 
         self._guided = len(self._unmade) > 1 or len(first.x) > len(latents) or first.scale is not None
         if first.labels is not None:
-            null = self._network.config.num_embeds_ada_norm
+            null = self._hook.network.config.num_embeds_ada_norm
             labels, self._guided = conditional_labels(first.labels, first.x, null)
         if self._guided and not self._warned:
             self._warned = True
@@ -271,7 +240,7 @@ def teleport(
     Raises ValueError, with nothing changed, for a pipeline, scheduler, shape, range, VAE or classes that do not fit.
     """
     family = family_of(pipe)
-    check_unattached(pipe, family, _HOOK)
+    check_unattached(pipe, family)
     check_scheduler(pipe, family)
     check_gaussian(pipe, family, gaussian)
     if mode not in ("ode", "marginal") or not tolerance > 0:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from samplers.gaussian import Gaussian
+from samplers.network_hook import HOOKS
 from samplers.teleport_scheduler import path_of
 
 
@@ -94,12 +95,16 @@ def family_of(pipe: Any) -> Family:
     raise ValueError(f"pipe: {kind} is not supported; supported are {', '.join(PIPELINES)}")
 
 
-def check_unattached(pipe: Any, family: Family, hook: str) -> None:
-    """Raise ValueError if the pipeline's scheduler or network already jumps, for this pipeline or another."""
-    network = getattr(pipe, family.network)
-    registry = getattr(network, "_diffusers_hook", None)
-    if getattr(type(pipe.scheduler), "_jumps", False) or (registry is not None and registry.get_hook(hook) is not None):
-        raise ValueError(f"pipe: {type(pipe).__name__} is already attached; accepted is one teleport at a time")
+def check_unattached(pipe: Any, family: Family) -> None:
+    """Raise ValueError if the pipeline's scheduler or network jumps or weighs already, for this pipeline or another."""
+    registry = getattr(getattr(pipe, family.network), "_diffusers_hook", None)
+    hooked = registry is not None and any(registry.get_hook(hook) is not None for hook in HOOKS)
+    marked = any(getattr(type(pipe.scheduler), mark, False) for mark in ("_jumps", "_weighs"))
+    if hooked or marked:
+        raise ValueError(
+            f"pipe: {type(pipe).__name__} is already attached; accepted is one teleport or one corrector of guidance "
+            "at a time"
+        )
 
 
 def check_scheduler(pipe: Any, family: Family) -> None:

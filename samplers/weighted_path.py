@@ -24,7 +24,7 @@ from samplers.solvers import Generator
 from samplers.targets import Target
 
 Form = Literal["score", "trace"]
-Proposal = Literal["ancestral", "euler_maruyama"]
+Proposal = Literal["multistep", "ancestral", "euler_maruyama"]
 Rule = Literal["left", "trapezoid"]
 
 
@@ -38,16 +38,17 @@ class Corrector:
     form: `score` or `trace` (see the module); None is the score form where the exponents sum to 1 and the trace form
     elsewhere. zeta: the step's noise over the model's own; None is 1 in the score form and B^-1/2 in the trace form,
     which is the model's own sampler with its noise scaled. proposal: `ancestral` integrates the noise exactly and
-    holds the prediction, `euler_maruyama` holds the drift. rule: where a step's weight is taken, at its beginning
-    (`left`) or at both ends (`trapezoid`). probes: random directions for the trace, shared by a group's particles;
-    None is the exact trace, d products. churn: before a step noise climbs to (1 + churn) sigma.
-    resampling: None is Resampling() with the defaults that `feynman_kac` names.
+    holds the prediction, `multistep` extrapolates it from the evaluation before (DPM-Solver++(2M) as an SDE, Lu et al.
+    2022), `euler_maruyama` holds the drift. rule: where a step's weight is taken, at its beginning (`left`) or at both
+    ends (`trapezoid`); None is both ends where there is no churn. probes: random directions for the trace, shared by
+    a group's particles; None is the exact trace, d products. churn: after a step noise climbs to (1 + churn) sigma.
+    resampling: when and how.
     """
 
     form: Form | None = None
     zeta: float | None = None
-    proposal: Proposal = "ancestral"
-    rule: Rule = "left"
+    proposal: Proposal = "multistep"
+    rule: Rule | None = None
     probes: int | None = 1
     churn: float = 0.0
     resampling: Resampling = _RESAMPLING
@@ -55,7 +56,7 @@ class Corrector:
     def __post_init__(self) -> None:
         for name, kinds in (("form", Form), ("proposal", Proposal), ("rule", Rule)):
             value = getattr(self, name)
-            if value not in get_args(kinds) and not (name == "form" and value is None):
+            if value not in get_args(kinds) and not (name != "proposal" and value is None):
                 raise ValueError(f"{name}: {value!r}; accepted are {', '.join(get_args(kinds))}")
         if self.zeta is not None and not 0 <= self.zeta < math.inf:
             raise ValueError(f"zeta: {self.zeta}; accepted are numbers of at least 0")
@@ -63,6 +64,11 @@ class Corrector:
             raise ValueError(f"probes: {self.probes}; accepted are whole numbers of at least 1, and None for all")
         if not 0 <= self.churn < math.inf:
             raise ValueError(f"churn: {self.churn}; accepted are numbers of at least 0")
+
+    @property
+    def left(self) -> bool:
+        """Whether a step's weight is taken at its beginning."""
+        return self.rule == "left" or (self.rule is None and self.churn > 0)
 
     def traces(self, total: float) -> bool:
         """Whether the weight has a trace, for exponents of this sum. (With a sum of 1 the trace's factor is 0.)"""
@@ -76,9 +82,10 @@ class Corrector:
 
 
 class Found(NamedTuple):
-    """What is known of the particles at a level: [B, ...], or [terms, B, ...] for the last three.
+    """What is known of the particles at a level sigma: [B, ...], or [terms, B, ...] for the last three tensors.
 
     rate: of the log-weight, per unit of v, without what all particles share. steer: the gradient of steering tilts.
+    before: the prediction at the evaluation before, and h_before the step in log sigma since then.
     Scores, their divergences and log q_i are kept for exponents that vary.
     """
 
@@ -86,14 +93,20 @@ class Found(NamedTuple):
     rate: Tensor
     tilt: Tensor
     steer: Tensor | None = None
+    before: Tensor | None = None
     scores: Tensor | None = None
     divergences: Tensor | None = None
     logs: Tensor | None = None
+    h_before: float = 0.0
 
     def take(self, index: Tensor) -> "Found":
-        own = (v if v is None else v[index] for v in self[:4])
-        per_term = (v if v is None else v[:, index] for v in self[4:])
-        return Found(*own, *per_term)  # type: ignore[arg-type]
+        """The same of the particles with these indices [B]."""
+        taken = self._replace(denoised=self.denoised[index], rate=self.rate[index], tilt=self.tilt[index])
+        own = {name: getattr(self, name) for name in ("steer", "before")}
+        per_term = {name: getattr(self, name) for name in ("scores", "divergences", "logs")}
+        own = {name: v if v is None else v[index] for name, v in own.items()}
+        per_term = {name: v if v is None else v[:, index] for name, v in per_term.items()}
+        return taken._replace(**own, **per_term)
 
 
 class Path:
@@ -215,9 +228,9 @@ class Path:
         if corrector.churn:
             noise = (raised**2 - v_next) / (total if corrector.traces(total) else 1.0)
             climbed = moved + noise**0.5 * normal_like(moved, self.generator)
-        after = self.evaluate(climbed, raised)
+        after = self.evaluate(climbed, raised)._replace(before=found.denoised, h_before=math.log(sigma / raised))
         increments = increments + after.tilt - found.tilt
-        base = (v - v_next) * (found.rate if corrector.rule == "left" else 0.5 * (found.rate + after.rate))
+        base = (v - v_next) * (found.rate if corrector.left else 0.5 * (found.rate + after.rate))
         base = base - (raised**2 - v_next) * after.rate
         if corrector.traces(total):  # what all particles share, integrated exactly
             base = base + (total - 1) * x[0].numel() * math.log(sigma / raised)
@@ -235,13 +248,17 @@ class Path:
         if sigma_next == 0:
             return found.denoised, nothing
         pull = 0.5 * (1 + zeta**2 * total) if corrector.traces(total) else 0.5 * (1 + zeta**2) * total
-        if corrector.proposal == "ancestral":  # dx = pull (D - x) dv / v + zeta dw, solved for a constant D
-            ratio, power = v_next / v, 2 * pull - 1
-            moved = torch.lerp(found.denoised, x, ratio**pull)
+        if corrector.proposal == "euler_maruyama":
+            moved, variance = torch.lerp(x, found.denoised, pull * (1 - v_next / v)), zeta**2 * (v - v_next)
+        else:  # dx = pull (D - x) dv / v + zeta dw, solved for a constant D
+            ratio, power, denoised = v_next / v, 2 * pull - 1, found.denoised
+            if corrector.proposal == "multistep" and found.before is not None and found.h_before > 0:
+                denoised = torch.lerp(
+                    found.before, denoised, 1 + 0.5 * min(1.0, math.log(sigma / sigma_next) / found.h_before)
+                )
+            moved = torch.lerp(denoised, x, ratio**pull)
             spread = -math.log(ratio) if abs(power) < 1e-9 else (1 - ratio**power) / power
             variance = zeta**2 * v_next * spread
-        else:
-            moved, variance = torch.lerp(x, found.denoised, pull * (1 - v_next / v)), zeta**2 * (v - v_next)
         if not variance:
             return moved, nothing
         noise = normal_like(x, self.generator)

@@ -8,6 +8,7 @@ and carry their seed, their accuracy and the command that makes them again:
 """
 
 import argparse
+import functools
 import hashlib
 import sys
 from pathlib import Path
@@ -74,6 +75,21 @@ class DigitsClassifier(nn.Module):
         except (OSError, SafetensorError, RuntimeError) as error:
             raise ValueError(f"weights: {path} does not hold the digits classifier ({type(error).__name__})") from error
         return classifier.eval().requires_grad_(False)
+
+
+@functools.cache
+def _shipped() -> DigitsClassifier:
+    return DigitsClassifier.load()
+
+
+def log_probability(images: Tensor, labels: Tensor | None) -> Tensor:
+    """log p(label | image) by the shipped classifier, [B], in nats: a reward for `distill sample --target reward`.
+
+    images: [B, 1, 8, 8]; labels: [B]. Raises ValueError without labels.
+    """
+    if labels is None:
+        raise ValueError("labels: are None; the reward is the log-probability of a class")
+    return _shipped()(images).log_softmax(1).gather(1, labels[:, None])[:, 0]
 
 
 def train(
