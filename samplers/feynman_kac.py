@@ -102,7 +102,7 @@ def feynman_kac(
         if index is not None:
             x, found = x[index], found.take(index)
         weighs = resampling.acts_at(sigma)
-        x, sigma, found, increments = path.step(x, found, sigma, sigma_next, weighs)
+        x, sigma, found, increments = path.step(x, found, sigma, sigma_next, weighs, step + 2 == len(grid))
         particles = particles.weigh(increments, resampling, sigma)
         yield FeynmanKacState(x, torch.tensor(sigma).to(x), found.denoised, step, particles)
 

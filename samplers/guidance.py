@@ -6,6 +6,7 @@ K images of a prompt, weighted and resampled on the way, the law is the product 
 predictions that the pipeline has made anyway: no further network call.
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple, Self, get_args
@@ -167,13 +168,12 @@ class FeynmanKacGuidance:
 
         weighed = self._carried.weigh(increments, self.resampling, sigma)
         self._note(weighed, k, sigma, output.new_empty((batch, 0)))
-        resampling, at = self.resampling, sigma
-        if self.equal_weights and k == self._last_weighed:
-            resampling, at = replace(resampling, threshold=1.0), sigma
+        final = self.equal_weights and k == self._last_weighed
+        resampling = replace(self.resampling, threshold=1.0) if final else self.resampling
         if self.k == 1:
             self._carried = replace(weighed, resampled=torch.zeros_like(weighed.resampled))
             return None
-        self._carried, index = weighed.resample(resampling, self._draws, at)
+        self._carried, index = weighed.resample(resampling, self._draws, sigma)
         return torch.cat([index, index + batch]) if index is not None and rows > batch else index
 
     def _disagreement(self, cond: Tensor, uncond: Tensor, sigma: float) -> Tensor:
@@ -203,14 +203,14 @@ def factors(levels: list[float], rule: Rule) -> list[float]:
     Raises ValueError for a trapezoid from sigma = infinity.
     """
     v = [sigma**2 for sigma in levels]
-    down = [a - b if b > 0 else 0.0 for a, b in zip(v[:-1], v[1:], strict=True)]
+    down = [a - b if b > 0 else 0.0 for a, b in itertools.pairwise(v)]
     if rule == "trapezoid":
         if levels[0] == float("inf"):
             raise ValueError("rule: 'trapezoid' from sigma = infinity (zero terminal SNR); accepted is 'left'")
         return [0.5 * (above + below) / a**2 for above, below, a in zip([0.0, *down], down, v, strict=False)]
     if rule == "left":
-        return [(1 - b / a) / a if b > 0 else 0.0 for a, b in zip(v[:-1], v[1:], strict=True)]
-    return [1 / b - 1 / a if b > 0 else 0.0 for a, b in zip(v[:-1], v[1:], strict=True)]
+        return [(1 - b / a) / a if b > 0 else 0.0 for a, b in itertools.pairwise(v)]
+    return [1 / b - 1 / a if b > 0 else 0.0 for a, b in itertools.pairwise(v)]
 
 
 def feynman_kac_guidance(

@@ -1,4 +1,4 @@
-"""Which pipelines' guidance can be corrected, and why not: refusals at `attach`, and those that only a call can tell."""
+"""Which pipelines' guidance can be corrected, and why not: refusals before a call, and those that only it can tell."""
 
 from typing import Any, NamedTuple
 
@@ -133,7 +133,7 @@ def scale_of(pipe: Any, guided: Tensor, cond: Tensor, uncond: Tensor) -> float |
         candidates = (float(f"{estimate:.{digits}g}") for digits in range(1, 9))
         w = next((c for c in candidates if torch.equal(uncond + c * difference, guided)), estimate)
     slack = 16 * torch.finfo(guided.dtype).eps * (uncond.abs().max() + abs(w) * difference.abs().max())
-    if not bool((uncond + w * difference - guided).abs().max() <= slack):  # or something is not a number
+    if bool((uncond + w * difference - guided).abs().max() > slack):  # what is not a number is told with its weights
         raise ValueError(
             f"guidance_scale: what reached the scheduler is not uncond + {w:g} (cond - uncond); accepted is plain "
             "classifier-free guidance"

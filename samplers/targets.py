@@ -91,9 +91,9 @@ class Target:
         cond: for the denoisers that are not `Conditioned`.
         """
         parts = [(d.denoiser, d.cond) if isinstance(d, Conditioned) else (d, cond) for d in self.denoisers]
-        networks: dict[int, list[int]] = {}  # the terms of each; those without a condition cannot be joined
+        networks: dict[tuple[int, bool], list[int]] = {}  # the terms of each; with and without conditions do not join
         for i, (network, own) in enumerate(parts):
-            networks.setdefault(id(network) if own is not None else -1 - i, []).append(i)
+            networks.setdefault((id(network), own is None), []).append(i)
         out: list[Tensor] = [xs[0]] * len(parts)
         for terms in networks.values():
             questions = {(id(xs[i]), id(parts[i][1])): i for i in terms}  # the same question is asked once

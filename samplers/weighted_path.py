@@ -172,7 +172,7 @@ class Path:
             scores = torch.stack([(d - x) / v for d in predictions])
             if by_term and traced is not None:
                 divergences = (torch.stack(traced).double() - x[0].numel()) / v
-        return Found(mean, rate, tilt, steer, scores, divergences)
+        return Found(mean, rate, tilt, steer=steer, scores=scores, divergences=divergences)
 
     def _steer(self, mean: Tensor, leaves: list[Tensor], sigma: float, keep: bool) -> Tensor:
         """The gradient of the steering tilts, like x."""
@@ -214,9 +214,10 @@ class Path:
         return torch.stack([log_density(d, x, sigma, self.cond) for d in self.target.denoisers])
 
     def step(
-        self, x: Tensor, found: Found, sigma: float, sigma_next: float, weighs: bool
+        self, x: Tensor, found: Found, sigma: float, sigma_next: float, weighs: bool, last: bool
     ) -> tuple[Tensor, float, Found, Tensor]:
-        """One step down, and up again with churn: the particles, their level, what is known there, the increments."""
+        """One step down, and up again with churn unless it is the last: the particles, their level, what is known there,
+        the increments. `weighs`: not only by rewards."""
         corrector, exponents = self.corrector, self.target.exponents_at(sigma)
         total = sum(exponents)
         moved, increments = self._descend(x, found, sigma, sigma_next, total)
@@ -224,8 +225,9 @@ class Path:
             tilt = self.target.tilt(moved, 0.0)
             return moved, 0.0, found._replace(denoised=moved, tilt=tilt), increments + tilt - found.tilt
 
-        raised, climbed, v, v_next = sigma_next * (1 + corrector.churn), moved, sigma**2, sigma_next**2
-        if corrector.churn:
+        raised = sigma_next if last else min(sigma_next * (1 + corrector.churn), sigma)
+        climbed, v, v_next = moved, sigma**2, sigma_next**2
+        if raised > sigma_next:
             noise = (raised**2 - v_next) / (total if corrector.traces(total) else 1.0)
             climbed = moved + noise**0.5 * normal_like(moved, self.generator)
         after = self.evaluate(climbed, raised)._replace(before=found.denoised, h_before=math.log(sigma / raised))
