@@ -18,8 +18,8 @@ class Resampling:
 
     scheme: see `samplers.resampling`. threshold: groups whose effective sample size is below this share of their
     particles are resampled before a step (0: never, 1: always). active: levels (low, high) outside which particles are
-    not resampled and weighted by rewards only, so that there the uncorrected sampler runs. clamp: increments of a step are kept
-    within this many nats of their group's mean (None: as they are); what that cut is reported as `clipped`.
+    not resampled and weighted by rewards only, so that there the uncorrected sampler runs. clamp: increments of a step
+    are kept within this many nats of their group's mean (None: as they are); what that cut is reported as `clipped`.
     Raises ValueError for a threshold outside [0, 1], a clamp that is not positive, and levels that are no interval.
     """
 

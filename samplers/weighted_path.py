@@ -41,7 +41,8 @@ class Corrector:
     holds the prediction, `multistep` extrapolates it from the evaluation before (DPM-Solver++(2M) as an SDE, Lu et al.
     2022), `euler_maruyama` holds the drift. rule: where a step's weight is taken, at its beginning (`left`) or at both
     ends (`trapezoid`); None is both ends where there is no churn. probes: random directions for the trace, shared by
-    a group's particles; None is the exact trace, d products. churn: after a step noise climbs to (1 + churn) sigma.
+    a group's particles; None is the exact trace, d products. churn: EDM's S_churn: after a step
+    of n noise climbs by the factor 1 + min(churn / n, sqrt 2 - 1) (Karras et al. 2022, Algorithm 2).
     resampling: when and how.
     """
 
@@ -115,10 +116,12 @@ class Path:
     def __init__(self, target: Target, corrector: Corrector, cond: Any, generator: Generator, groups: int) -> None:
         self.target, self.corrector, self.cond, self.generator = target, corrector, cond, generator
         self.groups = groups
+        self.climb = 1.0
 
     def check(self, grid: list[float]) -> None:
-        """Exponents at all levels; what the weight can and cannot be."""
+        """Exponents at all levels; what the weight can and cannot be; how far a step climbs."""
         corrector = self.corrector
+        self.climb = 1 + min(corrector.churn / (len(grid) - 1), 2**0.5 - 1)
         for sigma in grid:
             total = sum(self.target.exponents_at(sigma))
             zeta, traces = corrector.noise(total), corrector.traces(total)
@@ -216,8 +219,8 @@ class Path:
     def step(
         self, x: Tensor, found: Found, sigma: float, sigma_next: float, weighs: bool, last: bool
     ) -> tuple[Tensor, float, Found, Tensor]:
-        """One step down, and up again with churn unless it is the last: the particles, their level, what is known there,
-        the increments. `weighs`: not only by rewards."""
+        """One step down, and up again with churn unless it is the last: the particles, their level, what is known
+        there, the increments. `weighs`: not only by rewards."""
         corrector, exponents = self.corrector, self.target.exponents_at(sigma)
         total = sum(exponents)
         moved, increments = self._descend(x, found, sigma, sigma_next, total)
@@ -225,7 +228,7 @@ class Path:
             tilt = self.target.tilt(moved, 0.0)
             return moved, 0.0, found._replace(denoised=moved, tilt=tilt), increments + tilt - found.tilt
 
-        raised = sigma_next if last else min(sigma_next * (1 + corrector.churn), sigma)
+        raised = sigma_next if last else min(sigma_next * self.climb, sigma)
         climbed, v, v_next = moved, sigma**2, sigma_next**2
         if raised > sigma_next:
             noise = (raised**2 - v_next) / (total if corrector.traces(total) else 1.0)

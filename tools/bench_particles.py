@@ -294,8 +294,8 @@ def forty_table(seeds: int, particles: int) -> str:
     generator = torch.Generator().manual_seed(0)
     means = ((torch.rand((40, 2), generator=generator) - 0.5) * 80).double()
     lines_ = [
-        f"40 modes in [-40, 40]^2, beta = 3, {particles} particles, {seeds} seeds, 600 evaluations each (a product with "
-        "a probe counts as two)",
+        f"40 modes in [-40, 40]^2, beta = 3, {particles} particles, {seeds} seeds, 600 evaluations each (a product "
+        "with a probe counts as two)",
         "",
         "| modes' deviation | sampler | steps | sliced W2 | error of the modes' shares | unique ancestors |",
         "|--:|:--|--:|--:|--:|--:|",
