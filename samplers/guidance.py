@@ -7,6 +7,7 @@ predictions that the pipeline has made anyway: no further network call.
 """
 
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple, Self, get_args
@@ -25,7 +26,7 @@ from samplers.solvers import Generator
 from samplers.teleport_scheduler import path_of
 from samplers.weighing_scheduler import WeighingScheduler
 
-Rule = Literal["kernel", "left", "trapezoid"]
+Rule = Literal["left", "trapezoid"]
 _FINITE = 1e8  # where the coefficients of a state at sigma = infinity are evaluated
 
 
@@ -196,21 +197,18 @@ class FeynmanKacGuidance:
 
 
 def factors(levels: list[float], rule: Rule) -> list[float]:
-    """What |D_c - D_u|^2 w (w - 1) / 2 is multiplied with before each step; levels: sigma before the steps and after.
+    """What w (w - 1) / 2 |D_c - D_u|^2 is multiplied with before each step; levels: sigma before the steps and after.
 
-    left: (v - v') / v^2, of a step down from v to v'. trapezoid: half of it with each neighbour's v. kernel: 1 / v' -
-    1 / v, the integral for predictions that stay: the exact ratio of ancestral steps' densities. A step to 0 has none.
-    Raises ValueError for a trapezoid from sigma = infinity.
+    left: (v - v') / v^2 for a step down from v = sigma^2 to v'. trapezoid: of |D_c - D_u|^2 / v in log v, half of the
+    step's log (v / v') at each end; over wide steps that is cut to 1 - v' / v, with which one end alone is right for
+    equal predictions (the lower) and equal differences of scores (the upper). A step to 0 has none.
     """
     v = [sigma**2 for sigma in levels]
-    down = [a - b if b > 0 else 0.0 for a, b in itertools.pairwise(v)]
-    if rule == "trapezoid":
-        if levels[0] == float("inf"):
-            raise ValueError("rule: 'trapezoid' from sigma = infinity (zero terminal SNR); accepted is 'left'")
-        return [0.5 * (above + below) / a**2 for above, below, a in zip([0.0, *down], down, v, strict=False)]
+    down = [1 - below / above if below > 0 else 0.0 for above, below in itertools.pairwise(v)]
     if rule == "left":
-        return [(1 - b / a) / a if b > 0 else 0.0 for a, b in itertools.pairwise(v)]
-    return [1 / b - 1 / a if b > 0 else 0.0 for a, b in itertools.pairwise(v)]
+        return [part / above for part, above in zip(down, v, strict=False)]
+    half = [min(-0.5 * math.log1p(-part), part) if part < 1 else 1.0 for part in down]
+    return [(before + after) / at for before, after, at in zip([0.0, *half], half, v, strict=False)]
 
 
 def feynman_kac_guidance(
@@ -218,7 +216,7 @@ def feynman_kac_guidance(
     particles: int,
     *,
     resampling: Resampling | None = None,
-    rule: Rule = "left",
+    rule: Rule = "trapezoid",
     equal_weights: bool = True,
     generator: Generator = None,
 ) -> FeynmanKacGuidance:

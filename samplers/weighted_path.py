@@ -117,6 +117,8 @@ class Path:
         self.target, self.corrector, self.cond, self.generator = target, corrector, cond, generator
         self.groups = groups
         self.climb = 1.0
+        self._turns = 0  # of the probes
+        self._signs: Tensor | None = None
 
     def check(self, grid: list[float]) -> None:
         """Exponents at all levels; what the weight can and cannot be; how far a step climbs."""
@@ -193,16 +195,28 @@ class Path:
         n = self.corrector.probes or x[0].numel()
         found = [torch.zeros(len(x), dtype=torch.float64, device=x.device) for _ in outputs]
         for j in range(n):
-            if exact:
-                probe = torch.zeros_like(x[:1]).flatten()
-                probe[j] = 1.0
-                probe = probe.reshape(x[:1].shape)
-            else:
-                probe = self._group_noise(x).sign()
+            probe = self._probe(x) if not exact else torch.eye(n, device=x.device)[j].to(x).reshape(x[:1].shape)
             products = torch.autograd.grad([(out * probe).sum() for out in outputs], leaves, retain_graph=j + 1 < n)
             for total, product in zip(found, products, strict=True):
                 total += (product * probe).flatten(1).sum(1).double() / (1 if exact else n)
         return found
+
+    def _probe(self, x: Tensor) -> Tensor:
+        """Random signs that a group's particles share, like x.
+
+        A run's probes take turns: as many in a row as the next power of 2 above d are fresh signs times the rows of a
+        Hadamard matrix, whose products average to the identity. So a trace that changes slowly has hardly any noise in
+        few dimensions, and as many probes at once are the exact trace.
+        """
+        d = x[0].numel()
+        turn = self._turns % (1 << max(0, d - 1).bit_length())
+        self._turns += 1
+        if turn == 0 or self._signs is None:
+            self._signs = self._group_noise(x).sign()
+        places, parity = torch.arange(d), torch.zeros(d, dtype=torch.int64)
+        for bit in range(turn.bit_length()):
+            parity += (places >> bit) & (turn >> bit) & 1
+        return self._signs * (1 - 2 * (parity % 2)).to(x).reshape(x[:1].shape)
 
     def _group_noise(self, x: Tensor) -> Tensor:
         """Normal numbers that a group's particles share, like x."""
