@@ -104,7 +104,7 @@ def feynman_kac(
         weighs = resampling.acts_at(sigma)
         x, sigma, found, increments = path.step(x, found, sigma, sigma_next, weighs, step + 2 == len(grid))
         particles = particles.weigh(increments, resampling, sigma)
-        yield FeynmanKacState(x, torch.tensor(sigma).to(x), found.denoised, step, particles)
+        yield FeynmanKacState(x, torch.tensor(sigma, dtype=x.dtype, device=x.device), found.denoised, step, particles)
 
 
 def draw(state: FeynmanKacState, n: int = 1, generator: Generator = None) -> Tensor:
