@@ -110,6 +110,29 @@ def test_threshold_1_resamples_every_group_whose_weights_are_not_equal() -> None
     torch.testing.assert_close(after.log_evidence, particles.log_evidence, rtol=1e-14, atol=1e-14)
 
 
+def test_equal_weights_are_never_resampled_whatever_their_rounding() -> None:
+    for k in range(2, 100):
+        shared = increments(20, 1, k, 50.0)[:, None].expand(20, k)
+        after, index = Particles.begin(LogWeights(shared.clone()), 9.0).resample(ALWAYS, seeded(0), 1.0)
+        assert index is None
+        assert not bool(after.resampled.any())
+
+
+def test_groups_above_the_threshold_keep_their_particles_though_another_is_resampled() -> None:
+    change = torch.cat([increments(1, 16, 1, 0.7), increments(1, 16, 2, 4.0), increments(1, 16, 3, 0.7)])
+    particles = Particles.begin(LogWeights.equal(3, 16), 9.0).weigh(change, ALWAYS, 1.0)
+    assert RESAMPLERS["systematic"](particles.weights.values, seeded(4))[0].tolist() != list(range(16))
+    after, index = particles.resample(Resampling(threshold=0.5), seeded(4), 1.0)
+    assert after.resampled.tolist() == [False, True, False]
+    assert index is not None
+    for group in (0, 2):
+        assert after.ancestors[group].tolist() == after.roots[group].tolist() == list(range(16))
+        assert index[16 * group : 16 * group + 16].tolist() == list(range(16 * group, 16 * group + 16))
+        assert torch.equal(after.weights.values[group], particles.weights.values[group])
+    torch.testing.assert_close(after.log_evidence, particles.log_evidence, rtol=1e-14, atol=1e-14)
+    assert torch.equal(after.log_evidence[::2], particles.log_evidence[::2])
+
+
 def test_a_group_is_resampled_below_its_share_of_particles_only() -> None:
     """Weights (3, 1, 1, 1): an effective sample size of 36 / 12 = 3 of 4."""
     particles = Particles.begin(LogWeights(torch.tensor([[3.0, 1, 1, 1]], dtype=torch.float64).log()), 9.0)
