@@ -201,14 +201,17 @@ def factors(levels: list[float], rule: Rule) -> list[float]:
 
     left: (v - v') / v^2 for a step down from v = sigma^2 to v'. trapezoid: of |D_c - D_u|^2 / v in log v, half of the
     step's log (v / v') at each end; over wide steps that is cut to 1 - v' / v, with which one end alone is right for
-    equal predictions (the lower) and equal differences of scores (the upper). A step to 0 has none.
+    equal predictions (the lower) and equal differences of scores (the upper). A step to 0 has none, and the last that
+    has one takes it at its beginning, as `left`: what is resampled by it moves with noise once more.
     """
     v = [sigma**2 for sigma in levels]
-    down = [1 - below / above if below > 0 else 0.0 for above, below in itertools.pairwise(v)]
-    if rule == "left":
-        return [part / above for part, above in zip(down, v, strict=False)]
-    half = [min(-0.5 * math.log1p(-part), part) if part < 1 else 1.0 for part in down]
-    return [(before + after) / at for before, after, at in zip([0.0, *half], half, v, strict=False)]
+    upper = [1 - below / above if below > 0 else 0.0 for above, below in itertools.pairwise(v)]
+    lower = [0.0] * len(upper)
+    if rule == "trapezoid":
+        last = max((k for k, part in enumerate(upper) if part), default=0)
+        lower = [min(-0.5 * math.log1p(-part), part) if part < 1 else 1.0 for part in upper]
+        upper[:last], lower[last] = lower[:last], 0.0
+    return [(before + after) / at for before, after, at in zip([0.0, *lower], upper, v, strict=False)]
 
 
 def feynman_kac_guidance(
