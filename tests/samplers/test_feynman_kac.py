@@ -41,7 +41,7 @@ from samplers.solvers import Generator
 from samplers.weighted_path import Path
 from tests.truth import Counted, order
 
-LOW, HIGH, GROUPS, K = 0.05, 10.0, 10, 400
+LOW, HIGH, GROUPS, K = 0.05, 10.0, 20, 200
 GRID = torch.linspace(-12, 12, 6001, dtype=torch.float64)[:, None]
 NEVER = Resampling(active=(1e8, 1e9))  # the uncorrected sampler
 KEPT = Resampling(threshold=0.0)
@@ -335,10 +335,30 @@ class Forgetful(Target):
 def test_guidance_that_varies_has_the_answer_of_the_last_level_and_not_without_log_ratios(corrector) -> None:
     target = geometric_average(FIRST, SECOND, lambda sigma: 1.0 + 1.5 / (1 + sigma**2))
     truth = quadrature(target, LOW)
-    state = run(target, corrector, steps=400, k=200, seed=3)
+    state = run(target, corrector, steps=400, seed=3)
     assert max(deviations(state, truth)) < 4
     forgetful = Forgetful(target.denoisers, target.exponents)
-    assert max(deviations(run(forgetful, replace(corrector, zeta=1.0), k=200, seed=3), truth)) > 8
+    assert max(deviations(run(forgetful, replace(corrector, zeta=1.0), seed=3), truth)) > 8
+
+
+class Hidden:
+    """A denoiser without a density, as networks are."""
+
+    def __init__(self, denoiser: Denoiser) -> None:
+        self.denoiser = denoiser
+
+    def __call__(self, x: Tensor, sigma: Tensor, cond: Any = None) -> Tensor:
+        return self.denoiser(x, sigma, cond)
+
+
+def test_guidance_that_varies_needs_no_densities() -> None:
+    """log q begins as that of the noise, far above the data, where the scale is still 1."""
+    target = geometric_average(Hidden(FIRST), Hidden(SECOND), lambda sigma: 1.0 + 1.5 / (1 + sigma**2))
+    state = run(target, SCORE, steps=400, high=40.0, seed=7)
+    truth = quadrature(geometric_average(FIRST, SECOND, 1.0 + 1.5 / (1 + LOW**2)), LOW)
+    assert max(deviations(state, truth, evidence=False)) < 4
+    alone = quadrature(product([SECOND]), LOW)
+    assert max(deviations(state, alone, evidence=False)) > 6
 
 
 def test_powers_that_vary_have_the_answer_of_the_last_level() -> None:
@@ -388,6 +408,50 @@ def test_the_rewards_of_a_run_sum_to_the_reward_of_its_samples() -> None:
         *_, state = feynman_kac(target, x, karras_sigmas(15, LOW, HIGH), generator=seeded(9), corrector=corrector)
         assert float(state.sigma) == 0
         torch.testing.assert_close(state.log_weights[0], 1.5 * bent(state.x), rtol=1e-10, atol=1e-10)
+
+
+# What a state holds.
+
+
+@pytest.mark.parametrize("corrector", [SCORE, PLAIN, replace(SCORE, rule=None, churn=5.0)])
+def test_a_states_prediction_is_the_targets_at_its_particles_and_level(corrector: Corrector) -> None:
+    target, sigmas = geometric_average(FIRST, SECOND, 3.0), karras_sigmas(8, LOW, HIGH)
+    x, log_weights = HIGH * torch.randn((12, 1), generator=seeded(29), dtype=torch.float64), torch.rand((3, 4))
+    given = x.clone(), log_weights.clone()
+    states = list(
+        feynman_kac(target, x, sigmas, generator=seeded(0), groups=3, log_weights=log_weights, corrector=corrector)
+    )
+    assert torch.equal(x, given[0])
+    assert torch.equal(log_weights, given[1])
+    for state, sigma in zip(states, sigmas[1:], strict=True):
+        assert float(state.sigma) >= float(sigma)
+        if not corrector.churn:
+            assert torch.equal(state.sigma, sigma)
+        expected = 3 * SECOND(state.x, state.sigma) - 2 * FIRST(state.x, state.sigma)
+        torch.testing.assert_close(state.denoised, expected)
+    assert [state.step for state in states] == list(range(8))
+    assert float(states[-1].sigma) == 0
+    assert torch.equal(states[-1].x, states[-1].denoised)
+    torch.testing.assert_close(states[-1].x, states[-2].denoised[_places(states[-1])])  # the last step is to it
+
+
+def _places(state: FeynmanKacState) -> Tensor:
+    groups, k = state.ancestors.shape
+    return (state.ancestors + k * torch.arange(groups)[:, None]).flatten()
+
+
+def test_the_first_log_weights_are_kept() -> None:
+    target, first = geometric_average(FIRST, SECOND, 2.0), torch.randn((2, 6), generator=seeded(30)).double()
+    x, corrector = (
+        HIGH * torch.randn((12, 1), generator=seeded(31), dtype=torch.float64),
+        replace(SCORE, resampling=KEPT),
+    )
+    ends = [
+        list(feynman_kac(target, x, SIGMAS, generator=seeded(0), groups=2, log_weights=w, corrector=corrector))[-1]
+        for w in (None, first, first.flatten())
+    ]
+    torch.testing.assert_close(ends[1].log_weights, ends[0].log_weights + first)
+    assert torch.equal(ends[1].log_weights, ends[2].log_weights)
 
 
 # What must not matter.
@@ -534,8 +598,8 @@ def test_one_probe_agrees_with_the_exact_trace() -> None:
     covariances = (covariances + covariances.mT) / 2
     means = torch.tensor([[-1.5, 0.0], [1.5, 1.0]], dtype=torch.float64)
     target = annealed(GaussianMixture(torch.tensor([0.6, 0.4]), means, covariances), 1.5)
-    exact = run(target, TRACE, k=300, seed=18, steps=120)
-    probed = run(target, replace(TRACE, probes=1), k=300, seed=19, steps=120)
+    exact = run(target, TRACE, seed=18, steps=120)
+    probed = run(target, replace(TRACE, probes=1), seed=19, steps=120)
     for ours, truth in zip(estimates(probed), estimates(exact), strict=True):
         error = math.hypot(standard_error(ours), standard_error(truth))
         assert abs(float(ours.mean() - truth.mean())) < 4 * error
@@ -658,6 +722,7 @@ def test_groups_weights_and_schedules_that_do_not_fit_are_refused() -> None:
     for wrong in ([1.0, 2.0, 0.0], [2.0, 2.0, 0.0], [2.0, 1.0, -1.0], [math.inf, 1.0]):
         refused("sigmas: ", target, sigmas=torch.tensor(wrong))
     refused("x: is torch.float16", target, x=X.half())
+    refused("rule: 'trapezoid'", target, corrector=replace(SCORE, churn=1.0))
 
 
 def test_levels_outside_a_denoisers_range_are_refused() -> None:
@@ -684,12 +749,11 @@ def test_exponents_that_vary_need_zeta_1_or_a_trace() -> None:
 
 
 def test_a_trace_needs_derivatives_and_so_do_rewards_that_steer() -> None:
-    class Detached:
-        def __call__(self, x: Tensor, sigma: Tensor, cond: Any = None) -> Tensor:
-            return FIRST(x.detach(), sigma)
+    def detached(x: Tensor, sigma: Tensor, cond: Any = None) -> Tensor:
+        return FIRST(x.detach(), sigma)
 
-    refused("form: 'trace' needs denoisers that can be differentiated", annealed(Detached(), 2.0), corrector=TRACE)
-    next(feynman_kac(annealed(Detached(), 2.0), X, SIGMAS, generator=seeded(0), corrector=replace(SCORE, form="score")))
+    refused("form: 'trace' needs denoisers that can be differentiated", annealed(detached, 2.0), corrector=TRACE)
+    next(feynman_kac(annealed(detached, 2.0), X, SIGMAS, generator=seeded(0), corrector=replace(SCORE, form="score")))
     flat = reward_tilted(FIRST, lambda x: x[:, 0].detach(), gradient=True)
     refused("reward: has no gradient", flat, corrector=SCORE)
 
