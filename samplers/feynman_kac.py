@@ -79,7 +79,6 @@ def feynman_kac(
     weights have no finite variance (zeta^2 <= 1 - 1 / B).
     """
     path = Path(target, Corrector() if corrector is None else corrector, cond, generator, groups)
-    resampling = path.corrector.resampling
     if groups < 1 or len(x) % groups or not len(x):
         raise ValueError(f"groups: {groups} do not divide a batch of {len(x)} particles")
     for denoiser in target.denoisers:
@@ -94,7 +93,7 @@ def feynman_kac(
             )
         weights = weights + log_weights.reshape(weights.values.shape)
 
-    sigma = grid[0]
+    sigma, resampling = grid[0], path.corrector.resamples(target, grid[0])
     found = path.evaluate(x, sigma)._replace(logs=path.first_logs(x, sigma))
     particles = Particles.begin(weights + found.tilt.reshape(weights.values.shape), sigma)
     for step, sigma_next in enumerate(grid[1:]):
@@ -102,8 +101,9 @@ def feynman_kac(
         if index is not None:
             x, found = x[index], found.take(index)
         weighs = resampling.acts_at(sigma)
-        x, sigma, found, increments = path.step(x, found, sigma, sigma_next, weighs, step + 2 == len(grid))
-        particles = particles.weigh(increments, resampling, sigma)
+        last = step + 2 == len(grid)
+        x, sigma, found, increments, rewards = path.step(x, found, sigma, sigma_next, weighs, last)
+        particles = particles.weigh(increments, resampling, sigma, rewards)
         yield FeynmanKacState(x, torch.tensor(sigma, dtype=x.dtype, device=x.device), found.denoised, step, particles)
 
 

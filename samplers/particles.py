@@ -18,8 +18,9 @@ class Resampling:
 
     scheme: see `samplers.resampling`. threshold: groups whose effective sample size is below this share of their
     particles are resampled before a step (0: never, 1: always). active: levels (low, high) outside which particles are
-    not resampled and weighted by rewards only, so that there the uncorrected sampler runs. clamp: increments of a step
-    are kept within this many nats of their group's mean (None: as they are); what that cut is reported as `clipped`.
+    not resampled and weighted by rewards only, so that there the uncorrected sampler runs. clamp: increments of a step,
+    but for those by rewards, are kept within this many nats of their group's mean (None: as they are); what that cut is
+    reported as `clipped`.
     Raises ValueError for a threshold outside [0, 1], a clamp that is not positive, and levels that are no interval.
     """
 
@@ -83,12 +84,13 @@ class Particles:
     ) -> tuple["Particles", Tensor | None]:
         """The particles to step from, and which of all particles [groups K] they copy (None: each itself).
 
-        Numbers are drawn whether or not a group is resampled, so that no group's depend on another's.
+        Numbers are drawn whether or not a group is resampled, so that no group's depend on another's; never for single
+        particles, which move as without weights.
         """
         groups, k = self.weights.values.shape
         places = torch.arange(k, device=self.roots.device).expand(groups, k)
         stepped = replace(self, ancestors=places, resampled=torch.zeros_like(self.resampled))
-        if resampling.threshold == 0 or not resampling.acts_at(sigma):
+        if k == 1 or resampling.threshold == 0 or not resampling.acts_at(sigma):
             return stepped, None
         ancestors = resampling.scheme(self.weights.values, generator)
         triggered = self.weights.ess < resampling.threshold * k * (1 - 1e-12)  # equal weights are not resampled
@@ -106,20 +108,24 @@ class Particles:
         )
         return after, (first + ancestors).flatten()
 
-    def weigh(self, increments: Tensor, resampling: Resampling, sigma: float) -> "Particles":
+    def weigh(
+        self, increments: Tensor, resampling: Resampling, sigma: float, rewards: Tensor | None = None
+    ) -> "Particles":
         """The particles with increments [groups K] of their log-weights, in nats, clamped if asked.
 
-        Raises ValueError, with the level and their number, for increments that are not finite.
+        rewards: [groups K], never clamped, for they add up to the reward. Raises ValueError, with the level and their
+        number, for increments that are not finite.
         """
         increments = increments.double().reshape(self.roots.shape)
-        _check_finite(increments, sigma)
+        own = torch.zeros_like(increments) if rewards is None else rewards.double().reshape(self.roots.shape)
+        _check_finite(increments + own, sigma)
         if resampling.clamp is None:
-            return replace(self, weights=self.weights + increments, clipped=torch.zeros_like(self.clipped))
+            return replace(self, weights=self.weights + (increments + own), clipped=torch.zeros_like(self.clipped))
         centre = increments.mean(1, keepdim=True)
         kept = (increments - centre).clamp(-resampling.clamp, resampling.clamp) + centre
         cut = (increments - centre).abs() > resampling.clamp
-        mass = ((self.weights + increments).probabilities * cut).sum(1)
-        return replace(self, weights=self.weights + kept, clipped=mass)
+        mass = ((self.weights + (increments + own)).probabilities * cut).sum(1)
+        return replace(self, weights=self.weights + (kept + own), clipped=mass)
 
 
 def _check_finite(values: Tensor, sigma: float) -> None:

@@ -28,9 +28,6 @@ Proposal = Literal["multistep", "ancestral", "euler_maruyama"]
 Rule = Literal["left", "trapezoid"]
 
 
-_RESAMPLING = Resampling()
-
-
 @dataclass(frozen=True)
 class Corrector:
     """How particles move and what they are weighed by.
@@ -40,10 +37,12 @@ class Corrector:
     which is the model's own sampler with its noise scaled. proposal: `ancestral` integrates the noise exactly and
     holds the prediction, `multistep` extrapolates it from the evaluation before (DPM-Solver++(2M) as an SDE, Lu et al.
     2022), `euler_maruyama` holds the drift. rule: where a step's weight is taken, at its beginning (`left`) or at both
-    ends (`trapezoid`); None is both ends where there is no churn. probes: random directions for the trace, shared by
+    ends (`trapezoid`); None is both ends in the trace form without churn, and else the beginning, which in few steps
+    errs less. probes: random directions for the trace, shared by
     a group's particles; None is the exact trace, d products. churn: EDM's S_churn: after a step
     of n noise climbs by the factor 1 + min(churn / n, sqrt 2 - 1) (Karras et al. 2022, Algorithm 2).
-    resampling: when and how.
+    resampling: None is Resampling() but for guidance (several denoisers in the score form), where few steps need
+    Resampling(threshold=1, clamp=1); what was clamped is in the states.
     """
 
     form: Form | None = None
@@ -52,7 +51,7 @@ class Corrector:
     rule: Rule | None = None
     probes: int | None = 1
     churn: float = 0.0
-    resampling: Resampling = _RESAMPLING
+    resampling: Resampling | None = None
 
     def __post_init__(self) -> None:
         for name, kinds in (("form", Form), ("proposal", Proposal), ("rule", Rule)):
@@ -66,14 +65,20 @@ class Corrector:
         if not 0 <= self.churn < math.inf:
             raise ValueError(f"churn: {self.churn}; accepted are numbers of at least 0")
 
-    @property
-    def left(self) -> bool:
-        """Whether a step's weight is taken at its beginning."""
-        return self.rule == "left" or (self.rule is None and self.churn > 0)
+    def left(self, total: float) -> bool:
+        """Whether a step's weight is taken at its beginning, for exponents of this sum."""
+        return self.rule == "left" or (self.rule is None and (self.churn > 0 or not self.traces(total)))
 
     def traces(self, total: float) -> bool:
         """Whether the weight has a trace, for exponents of this sum. (With a sum of 1 the trace's factor is 0.)"""
         return self.form == "trace" if self.form is not None else abs(total - 1) > 1e-9
+
+    def resamples(self, target: Target, sigma: float) -> Resampling:
+        """When and how, for a target at the first noise level of a run."""
+        if self.resampling is not None:
+            return self.resampling
+        guidance = len(target.denoisers) > 1 and not self.traces(sum(target.exponents_at(sigma)))
+        return Resampling(threshold=1.0, clamp=1.0) if guidance else Resampling()
 
     def noise(self, total: float) -> float:
         """zeta for exponents of this sum."""
@@ -232,15 +237,16 @@ class Path:
 
     def step(
         self, x: Tensor, found: Found, sigma: float, sigma_next: float, weighs: bool, last: bool
-    ) -> tuple[Tensor, float, Found, Tensor]:
+    ) -> tuple[Tensor, float, Found, Tensor, Tensor]:
         """One step down, and up again with churn unless it is the last: the particles, their level, what is known
-        there, the increments. `weighs`: not only by rewards."""
+        there, the increments by the laws (0 if not `weighs`) and by the rewards."""
         corrector, exponents = self.corrector, self.target.exponents_at(sigma)
         total = sum(exponents)
-        moved, increments = self._descend(x, found, sigma, sigma_next, total)
+        moved, rewards = self._descend(x, found, sigma, sigma_next, total)
         if sigma_next == 0:
-            tilt = self.target.tilt(moved, 0.0)
-            return moved, 0.0, found._replace(denoised=moved, tilt=tilt), increments + tilt - found.tilt
+            tilt, before = self.target.tilt(moved, 0.0), found.tilt
+            found = found._replace(denoised=moved, tilt=tilt)
+            return moved, 0.0, found, torch.zeros_like(tilt), rewards + tilt - before
 
         raised = sigma_next if last else min(sigma_next * self.climb, sigma)
         climbed, v, v_next = moved, sigma**2, sigma_next**2
@@ -248,8 +254,8 @@ class Path:
             noise = (raised**2 - v_next) / (total if corrector.traces(total) else 1.0)
             climbed = moved + noise**0.5 * normal_like(moved, self.generator)
         after = self.evaluate(climbed, raised)._replace(before=found.denoised, h_before=math.log(sigma / raised))
-        increments = increments + after.tilt - found.tilt
-        base = (v - v_next) * (found.rate if corrector.left else 0.5 * (found.rate + after.rate))
+        rewards = rewards + after.tilt - found.tilt
+        base = (v - v_next) * (found.rate if corrector.left(total) else 0.5 * (found.rate + after.rate))
         base = base - (raised**2 - v_next) * after.rate
         if corrector.traces(total):  # what all particles share, integrated exactly
             base = base + (total - 1) * x[0].numel() * math.log(sigma / raised)
@@ -258,7 +264,7 @@ class Path:
             after = after._replace(logs=logs)
             changes = torch.tensor(self.target.exponents_at(raised)) - torch.tensor(exponents)
             base = base + (changes.to(base)[:, None] * logs).sum(0)
-        return climbed, raised, after, increments + base if weighs else increments
+        return climbed, raised, after, base if weighs else torch.zeros_like(base), rewards
 
     def _descend(self, x: Tensor, found: Found, sigma: float, sigma_next: float, total: float) -> tuple[Tensor, Tensor]:
         """The particles at sigma_next, and what steering adds to their log-weights."""
