@@ -15,6 +15,9 @@ from tools.bench_disback_report import draw, mismatch_table
 from tools.bench_disback_report import table as disback_table
 from tools.bench_gaussian import gaussian_tables
 from tools.bench_optimum import draw_optima, optimum_rows, optimum_table, ratio_table
+from tools.bench_particles import particles_tables
+from tools.bench_particles_digits import cost_tables
+from tools.bench_particles_digits import digits_tables as digits_particles
 from tools.bench_teleport import digits_tables, mixtures_table
 from tools.bench_toys import coverage
 
@@ -45,6 +48,10 @@ def main() -> None:
             "Quality against evaluations, with and without teleportation",
             lambda folder, _, more, __: _teleport(folder, more),
         ),
+        "particles": (
+            "Feynman-Kac correctors on exact targets, and on the digits teacher",
+            lambda folder, *_: _particles(folder),
+        ),
         "compare": ("The divergences on the digits", lambda folder, _, more, jobs: compare(folder, more, jobs)),
     }
     parser = argparse.ArgumentParser(prog="tools.bench", description=__doc__)
@@ -74,6 +81,11 @@ def _teleport(folder: Path, seeds: list[int]) -> str:
     own = folder / "teleport"
     pictures = f"pictures: {own}/mixtures/*.png, {own}/digits/*.png\n"
     return "\n".join([mixtures_table(own / "mixtures", seeds), digits_tables(own / "digits", seeds, folder), pictures])
+
+
+def _particles(folder: Path) -> str:
+    pictures = f"picture: {folder}/particles/particles-digits.png\n"
+    return "\n".join([particles_tables(), digits_particles(folder / "particles", folder), cost_tables(), pictures])
 
 
 def _digits(folder: Path, seeds: list[int]) -> str:
