@@ -64,6 +64,11 @@ class Diagnosis:
         """Whether nothing speaks against the result."""
         return not self.warnings
 
+    @property
+    def verdict(self) -> str:
+        """The warnings, a line each, or that there are none."""
+        return "\n".join(f"not to be trusted: {w}" for w in self.warnings) or "nothing speaks against this result"
+
     def __str__(self) -> str:
         groups, steps = self.ess.shape[1], len(self.sigma)
         rows = sorted({round(i * (steps - 1) / 9) for i in range(10)})
@@ -78,8 +83,7 @@ class Diagnosis:
                 f"{float(self.unique_ancestors[i].double().mean()):>10.1f} {float(self.log_evidence[i].mean()):>13.3f} "
                 f"{float(self.clipped[i].mean()):>8.1%}"
             )
-        verdict = [f"not to be trusted: {w}" for w in self.warnings] or ["nothing speaks against this result"]
-        return "\n".join([*lines, *verdict])
+        return "\n".join([*lines, self.verdict])
 
     def plot(self, path: str | Path) -> None:
         """Write a PNG of effective sample size, ancestry and log-evidence against sigma, a line for each group."""
