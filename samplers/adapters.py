@@ -6,12 +6,15 @@ Euler and flow-matching Euler. The scheduler is read for what the network was tr
 """
 
 import math
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, overload
 
 import torch
 from torch import Tensor, nn
 
 from samplers.denoiser import expand
+
+if TYPE_CHECKING:
+    from samplers.targets import Conditioned
 
 
 class Coefficients(NamedTuple):
@@ -218,15 +221,43 @@ _DISCRETE = (
 )
 
 
-def denoiser_from(model: nn.Module, scheduler: Any) -> NetworkDenoiser:
-    """A diffusers model, read through its scheduler, as a denoiser.
+class Pipeline(Protocol):
+    """A diffusers pipeline, as far as it tells itself from a network."""
+
+    @property
+    def components(self) -> dict[str, Any]: ...
+
+
+@overload
+def denoiser_from(model: nn.Module, scheduler: Any) -> NetworkDenoiser: ...
+
+
+@overload
+def denoiser_from(
+    model: Pipeline, scheduler: Any = None, *, prompt: Any = None, height: int | None = None, width: int | None = None
+) -> "Conditioned": ...
+
+
+def denoiser_from(
+    model: Any, scheduler: Any = None, *, prompt: Any = None, height: int | None = None, width: int | None = None
+) -> "NetworkDenoiser | Conditioned":
+    """A diffusers model, read through its scheduler, as a denoiser; or a pipeline's under a prompt.
 
     model: predicts for x [B, C, ...] given `timestep` (UNet2DModel, DiTTransformer2DModel, UNet2DConditionModel ...).
     scheduler: the one that the model was trained with, or any that describes the same training. What it does to
     samples only (clip_sample, thresholding, its grid of timesteps) is not applied.
+    For a pipeline the second argument is the prompt, or the class label: see `samplers.prompts.prompted`.
     Raises ValueError, naming the scheduler, for one whose training is not known here.
     """
-    return NetworkDenoiser(model, coordinates_of(scheduler))
+    if isinstance(model, nn.Module) or not hasattr(model, "components"):
+        if scheduler is None or not (prompt is height is width is None):
+            raise ValueError("scheduler: a network needs one, and has no prompt, height or width of its own")
+        return NetworkDenoiser(model, coordinates_of(scheduler))
+    if scheduler is not None and prompt is not None:
+        raise ValueError("prompt: is given twice; accepted for a pipeline is denoiser_from(pipe, prompt)")
+    from samplers.prompts import prompted
+
+    return prompted(model, scheduler if prompt is None else prompt, height=height, width=width)
 
 
 def coordinates_of(scheduler: Any) -> Coordinates:

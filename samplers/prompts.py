@@ -1,0 +1,189 @@
+"""A diffusers pipeline's prompts and classes as denoisers, its latents as pictures: for our own loops and targets.
+
+All prompts of one pipeline share one denoiser of its network, so that a `Target` of several asks it once a step. Texts
+go through the pipeline's own encoders, as in its call; nothing is drawn, stepped or downloaded.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from samplers.adapters import NetworkDenoiser, coordinates_of
+from samplers.targets import Conditioned
+
+Prompt = str | int | Mapping[str, Tensor] | None
+
+_EMBEDS, _POOLED = "prompt_embeds", "pooled_prompt_embeds"
+
+
+class Kind(NamedTuple):
+    """What a kind of pipeline has: its network, and the embeddings of a prompt (none: classes, or no condition)."""
+
+    network: str
+    embeddings: tuple[str, ...] = ()
+
+
+PIPELINES = {
+    "DDIMPipeline": Kind("unet"),
+    "DDPMPipeline": Kind("unet"),
+    "DiTPipeline": Kind("transformer"),
+    "StableDiffusion3Pipeline": Kind("transformer", (_EMBEDS, _POOLED)),
+    "StableDiffusionPipeline": Kind("unet", (_EMBEDS,)),
+    "StableDiffusionXLPipeline": Kind("unet", (_EMBEDS, _POOLED)),
+}
+
+
+def prompted(pipe: Any, prompt: Prompt = None, *, height: int | None = None, width: int | None = None) -> Conditioned:
+    """The denoiser of a pipeline's samples under a prompt; `samplers.denoiser_from(pipe, prompt)` is this.
+
+    prompt: words; a class label, for DiT and class-conditional UNets; the pipeline's embeddings by the names of its
+    arguments, each of one row; None or "" is what the pipeline itself guides away from: the unconditional law. height,
+    width: of the picture, in pixels, which SDXL is told (None: the pipeline's own).
+    Raises ValueError for a pipeline that is not supported, and for a prompt that it cannot be given.
+    """
+    name, kind = _kind(pipe)
+    network = getattr(pipe, kind.network)
+    if network.config.get("time_cond_proj_dim") is not None:
+        raise ValueError(
+            f"time_cond_proj_dim: this {name}'s network is fed a guidance scale; accepted are those of laws"
+        )
+    if not kind.embeddings:
+        return Conditioned(_denoiser(pipe, network), _label(name, network, prompt))
+    found = {
+        key: value.to(device=pipe._execution_device, dtype=network.dtype) for key, value in _embed(pipe, prompt).items()
+    }
+    cond: dict[str, Any] = {"encoder_hidden_states": found[_EMBEDS]}
+    if name == "StableDiffusionXLPipeline":
+        size = _pixels(pipe, height, width)
+        # original size, corner of the crop, size of the target: what its call defaults to
+        ids = torch.tensor([[*size, 0, 0, *size]]).to(found[_EMBEDS])
+        cond["added_cond_kwargs"] = {"text_embeds": found[_POOLED], "time_ids": ids}
+    elif _POOLED in found:
+        cond["pooled_projections"] = found[_POOLED]
+    return Conditioned(_denoiser(pipe, network), cond)
+
+
+def latent_shape(pipe: Any, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
+    """[C, h, w] of what a pipeline samples, latents or pixels, for pictures of height x width pixels (None: its own).
+
+    Raises ValueError for a size that the pipeline cannot make.
+    """
+    name, kind = _kind(pipe)
+    network = getattr(pipe, kind.network)
+    if kind.embeddings:
+        h, w = (v // pipe.vae_scale_factor for v in _pixels(pipe, height, width))
+        return network.config.in_channels, h, w
+    h, w = _pair(network.config.sample_size)
+    factor = 2 ** (len(pipe.vae.config.block_out_channels) - 1) if getattr(pipe, "vae", None) is not None else 1
+    if (height or h * factor, width or w * factor) != (h * factor, w * factor):
+        raise ValueError(f"height, width: {height}, {width}; {name} makes pictures of {h * factor} x {w * factor} only")
+    return network.config.in_channels, h, w
+
+
+@torch.no_grad()
+def decode(pipe: Any, x: Tensor) -> Tensor:
+    """A pipeline's samples x [B, C, h, w], at sigma = 0, as pictures [B, 3, H, W] in [-1, 1]; pixels are as they are.
+
+    As the pipeline decodes: by its VAE with its scaling, in the VAE's precision. Nothing is clamped.
+    """
+    name, _ = _kind(pipe)
+    vae = getattr(pipe, "vae", None)
+    if vae is None:
+        return x
+    config, dtype = vae.config, vae.dtype
+    overflows = dtype == torch.float16 and bool(config.get("force_upcast"))
+    latents = x.to(device=pipe._execution_device, dtype=torch.float32 if overflows else dtype)
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    if name == "StableDiffusionXLPipeline" and mean is not None and std is not None:
+        mean, std = (torch.tensor(v).reshape(1, -1, 1, 1).to(latents) for v in (mean, std))
+        latents = latents * std / config.scaling_factor + mean
+    else:
+        latents = latents / config.scaling_factor
+    if name == "StableDiffusion3Pipeline":
+        latents = latents + config.shift_factor
+    if not overflows:
+        return vae.decode(latents, return_dict=False)[0]
+    vae.to(torch.float32)
+    try:
+        return vae.decode(latents, return_dict=False)[0]
+    finally:
+        vae.to(dtype)
+
+
+def _kind(pipe: Any) -> tuple[str, Kind]:
+    for cls in type(pipe).__mro__:
+        if cls.__name__ in PIPELINES:
+            return cls.__name__, PIPELINES[cls.__name__]
+    raise ValueError(f"pipe: {type(pipe).__name__} is not supported; supported are {', '.join(PIPELINES)}")
+
+
+_DENOISERS: WeakKeyDictionary[Any, tuple[Any, NetworkDenoiser]] = WeakKeyDictionary()
+
+
+def _denoiser(pipe: Any, network: Any) -> NetworkDenoiser:
+    """One for a pipeline, as long as it has the same network and scheduler."""
+    kept = _DENOISERS.get(pipe)
+    if kept is None or kept[0] is not pipe.scheduler or kept[1].network is not network:
+        kept = _DENOISERS[pipe] = pipe.scheduler, NetworkDenoiser(network, coordinates_of(pipe.scheduler))
+    return kept[1]
+
+
+def _label(name: str, network: Any, prompt: Prompt) -> Tensor | None:
+    """A class label [1], the null label where there is one; None where there are no classes."""
+    null, classes = network.config.get("num_embeds_ada_norm"), network.config.get("num_class_embeds")
+    if name == "DiTPipeline":
+        number, accepted = (null if prompt in (None, "") else prompt), f"labels 0 .. {null}, of which {null} is none"
+        classes = null + 1
+    elif classes is None:
+        if prompt in (None, ""):
+            return None
+        raise ValueError(f"prompt: {prompt!r}; this {name} has no condition; accepted is None")
+    else:
+        number, accepted = prompt, f"labels 0 .. {classes - 1} (there is no label for none)"
+    if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < classes:
+        raise ValueError(f"prompt: {prompt!r}; this {name} has classes; accepted are {accepted}")
+    return torch.tensor([number], device=network.device)
+
+
+@torch.no_grad()
+def _embed(pipe: Any, prompt: Prompt) -> dict[str, Tensor]:
+    """The embeddings of a prompt, each [1, ...]."""
+    name, kind = _kind(pipe)
+    if isinstance(prompt, Mapping):
+        if prompt.keys() != set(kind.embeddings) or any(len(v) != 1 for v in prompt.values()):
+            shapes = {key: list(value.shape) for key, value in prompt.items()}
+            raise ValueError(f"prompt: {shapes}; needed are {' and '.join(kind.embeddings)}, each of one row")
+        return dict(prompt)
+    if not isinstance(prompt, str | None):
+        raise ValueError(f"prompt: {prompt!r}; {name} has prompts in words; accepted are one and its embeddings")
+    if all(getattr(pipe, part, None) is None for part in ("text_encoder", "text_encoder_2", "text_encoder_3")):
+        raise ValueError(f"prompt: this {name} has no text encoder; give {' and '.join(kind.embeddings)}, by name")
+
+    encode: Callable[..., tuple[Tensor, ...]] = pipe.encode_prompt
+    if name == "StableDiffusionPipeline":
+        answers = encode(prompt or "", pipe._execution_device, 1, True)
+    elif name == "StableDiffusionXLPipeline":
+        answers = encode(prompt or "", device=pipe._execution_device, do_classifier_free_guidance=True)
+    else:
+        answers = encode(prompt or "", None, None, device=pipe._execution_device, do_classifier_free_guidance=True)
+    # conditional and negative in turn; the negative one is the pipeline's own idea of no prompt
+    chosen = answers[::2] if prompt else answers[1::2]
+    return dict(zip(kind.embeddings, chosen, strict=True))
+
+
+def _pixels(pipe: Any, height: int | None, width: int | None) -> tuple[int, int]:
+    """A picture's height and width. Raises ValueError for what is no multiple of the pipeline's."""
+    network = getattr(pipe, _kind(pipe)[1].network)
+    own = [v * pipe.vae_scale_factor for v in _pair(network.config.sample_size)]
+    unit = pipe.vae_scale_factor * (network.config.get("patch_size") or 1)
+    size = height or own[0], width or own[1]
+    if any(v % unit or v < unit for v in size):
+        raise ValueError(f"height, width: {size[0]}, {size[1]}; accepted are multiples of {unit}")
+    return size
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else tuple(size)
