@@ -17,7 +17,7 @@ from samplers.particles import Particles
 from samplers.resampling import LogWeights
 from samplers.solvers import Generator, State, check_range, levels
 from samplers.targets import Target
-from samplers.weighted_path import Corrector, Path
+from samplers.weighted_path import Corrector, WeightedPath
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def feynman_kac(
     zeta = 1 or a trace, and what the target, the schedule and the denoisers refuse. Warns where the score form's
     weights have no finite variance (zeta^2 <= 1 - 1 / B).
     """
-    path = Path(target, Corrector() if corrector is None else corrector, cond, generator, groups)
+    path = WeightedPath(target, Corrector() if corrector is None else corrector, cond, generator, groups)
     if groups < 1 or len(x) % groups or not len(x):
         raise ValueError(f"groups: {groups} do not divide a batch of {len(x)} particles")
     for denoiser in target.denoisers:

@@ -115,7 +115,7 @@ class Found(NamedTuple):
         return taken._replace(**own, **per_term)
 
 
-class Path:
+class WeightedPath:
     """One run's evaluations and steps."""
 
     def __init__(self, target: Target, corrector: Corrector, cond: Any, generator: Generator, groups: int) -> None:

@@ -36,7 +36,7 @@ from samplers import (
 from samplers.diagnosis import Diagnosis
 from samplers.particles import Particles
 from samplers.resampling import LogWeights, systematic
-from samplers.weighted_path import Path as Steps
+from samplers.weighted_path import WeightedPath
 from tools.bench_digits import teacher as train_teacher
 from tools.bench_particles import NEVER, Figure
 from tools.digits_classifier import DigitsClassifier, log_probability, train
@@ -215,7 +215,7 @@ def _rates(target: Target, x: Tensor, sigma: float, probes: int | None, repeats:
     """[repeats, B]."""
     generator = torch.Generator().manual_seed(5)
     corrector = Corrector(probes=probes)
-    fresh = [Steps(target, corrector, None, generator, 1) for _ in range(repeats)]
+    fresh = [WeightedPath(target, corrector, None, generator, 1) for _ in range(repeats)]
     return torch.stack([steps.evaluate(x, sigma).rate for steps in fresh])
 
 

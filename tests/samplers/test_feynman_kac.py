@@ -38,7 +38,7 @@ from samplers import (
 )
 from samplers.resampling import LogWeights
 from samplers.solvers import Generator
-from samplers.weighted_path import Path
+from samplers.weighted_path import WeightedPath
 from tests.truth import Counted, order
 
 LOW, HIGH, GROUPS, K = 0.05, 10.0, 20, 200
@@ -292,7 +292,7 @@ def test_log_evidence_and_moments_against_quadrature(target: Target, corrector: 
     assert max(deviations(naive, truth, evidence=False)) > 4.5
 
 
-class Unsigned(Path):
+class Unsigned(WeightedPath):
     """A corrector that forgets what climbing costs."""
 
     def step(self, x: Tensor, found: Any, sigma: float, sigma_next: float, *rest: bool) -> Any:
@@ -308,7 +308,7 @@ def test_churn_gives_the_same_answer_and_would_not_without_its_sign(monkeypatch:
     assert float(state.sigma) == pytest.approx(LOW)  # the last step does not climb
     assert max(deviations(state, truth, evidence=False)) < 4
     assert abs(float(estimates(state).log_z.mean()) - truth.log_z) < 0.15
-    monkeypatch.setattr(import_module("samplers.feynman_kac"), "Path", Unsigned)
+    monkeypatch.setattr(import_module("samplers.feynman_kac"), "WeightedPath", Unsigned)
     unsigned = run(target, corrector, steps=240, seed=2)
     assert max(deviations(unsigned, truth, evidence=False)) > 8
     assert abs(float(estimates(unsigned).log_z.mean()) - truth.log_z) > 0.5
@@ -608,7 +608,7 @@ def test_one_probe_agrees_with_the_exact_trace() -> None:
 
 def rates(target: Target, x: Tensor, probes: int | None, groups: int = 1, times: int = 1) -> Tensor:
     """So many evaluations of a path, [times, B]."""
-    path = Path(target, replace(TRACE, probes=probes), None, seeded(21), groups)
+    path = WeightedPath(target, replace(TRACE, probes=probes), None, seeded(21), groups)
     return torch.stack([path.evaluate(x, 0.5).rate for _ in range(times)])
 
 
