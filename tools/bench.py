@@ -14,6 +14,7 @@ from tools.bench_disback import ARMS, SETTINGS, SHORT, make
 from tools.bench_disback_report import draw, mismatch_table
 from tools.bench_disback_report import table as disback_table
 from tools.bench_gaussian import gaussian_tables
+from tools.bench_lj import lj_table
 from tools.bench_optimum import draw_optima, optimum_rows, optimum_table, ratio_table
 from tools.bench_particles import particles_tables
 from tools.bench_particles_digits import cost_tables
@@ -52,6 +53,7 @@ def main() -> None:
             "Feynman-Kac correctors on exact targets, and on the digits teacher",
             lambda folder, *_: _particles(folder),
         ),
+        "lj": ("LJ-13 annealed, from scratch", lambda folder, seeds, *_: lj_table(folder / "lj", seeds)),
         "compare": ("The divergences on the digits", lambda folder, _, more, jobs: compare(folder, more, jobs)),
     }
     parser = argparse.ArgumentParser(prog="tools.bench", description=__doc__)

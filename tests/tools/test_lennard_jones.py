@@ -174,6 +174,15 @@ def test_annealing_a_trap_cools_it_and_only_with_the_weights_by_as_much_as_asked
         assert variance == pytest.approx(0.8, rel=0.15)
 
 
+def test_a_run_anneals_from_the_temperature_of_its_denoiser_to_that_of_its_reference(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    samples = {t: t**0.5 * torch.randn(4000, 3, 3, generator=generator) for t in (2.0, 0.8)}
+    settings = bench_lj.Settings(particles=2000, steps=60, sigma_max=20.0)
+    row = bench_lj.run(tmp_path, Trap(), lj.References(samples, ""), 0.8, bench_lj.ARMS[-1], settings, 0)
+    apart = bench_lj.scores(samples[2.0], samples[0.8])["distance_w2"]
+    assert row["distance_w2"] < 0.1 * apart
+
+
 def test_the_table_is_made_from_nothing_and_again_from_what_is_kept(tmp_path: Path) -> None:
     tiny = bench_lj.Settings(ladders=4, tempering=80, burn_in=40, hidden=8, training=3, batch=8, particles=16, steps=6)
     table = bench_lj.lj_table(tmp_path, [0, 1], tiny)
