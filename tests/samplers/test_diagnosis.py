@@ -33,8 +33,9 @@ def seeded(seed: int) -> torch.Generator:
 
 FIRST = GaussianMixture(torch.ones(2), torch.tensor([[-2.0], [1.5]]).double(), torch.tensor([0.4, 0.6]).double())
 SECOND = GaussianMixture(torch.ones(2), torch.tensor([[0.5], [3.0]]).double(), torch.tensor([0.5, 0.4]).double())
-TRACE = Corrector(form="trace", proposal="ancestral", rule="trapezoid", probes=None)
-SCORE = Corrector(form="score", zeta=1.0, proposal="ancestral", rule="trapezoid")
+HALF = Resampling(threshold=0.5)
+TRACE = Corrector(form="trace", proposal="ancestral", rule="trapezoid", probes=None, resampling=HALF)
+SCORE = Corrector(form="score", zeta=1.0, proposal="ancestral", rule="trapezoid", resampling=HALF)
 
 
 def run(target, corrector: Corrector, *, k: int = 64, groups: int = 2, steps: int = 30) -> Iterator[FeynmanKacState]:
@@ -173,6 +174,9 @@ def test_warnings_begin_at_their_limits() -> None:
     assert "clamping changed particles with 20% of the weight (at sigma 2):" in warning
     both = diagnose([counting(4), made(EQUAL, clipped=0.2, roots=torch.zeros(100).long())])
     assert len(both.warnings) == 3
+    assert both.verdict.splitlines() == [f"not to be trusted: {warning}" for warning in both.warnings]
+    assert str(both).endswith(both.verdict)
+    assert diagnose([descended(10)]).verdict == "nothing speaks against this result"
     assert not both.trusted
 
 

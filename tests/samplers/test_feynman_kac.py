@@ -45,8 +45,9 @@ LOW, HIGH, GROUPS, K = 0.05, 10.0, 20, 200
 GRID = torch.linspace(-12, 12, 6001, dtype=torch.float64)[:, None]
 NEVER = Resampling(active=(1e8, 1e9))  # the uncorrected sampler
 KEPT = Resampling(threshold=0.0)
-SCORE = Corrector(form="score", zeta=1.0, proposal="multistep", rule="trapezoid")
-TRACE = Corrector(form="trace", proposal="multistep", rule="trapezoid", probes=None)
+BELOW_HALF = Resampling(threshold=0.5)
+SCORE = Corrector(form="score", zeta=1.0, proposal="multistep", rule="trapezoid", resampling=BELOW_HALF)
+TRACE = Corrector(form="trace", proposal="multistep", rule="trapezoid", probes=None, resampling=BELOW_HALF)
 PLAIN = Corrector(form="score", zeta=1.0, proposal="ancestral", rule="left", resampling=KEPT)
 
 
@@ -267,8 +268,8 @@ def test_the_answer_does_not_depend_on_zeta(target: Target, corrector: Corrector
     state = run(target, replace(corrector, zeta=zeta), steps=240)
     found = estimates(state)
     assert max(deviations(state, truth)) < 4
-    assert standard_error(found.mean) < 0.04
-    assert standard_error(found.square) < 0.06
+    assert standard_error(found.mean) < 0.06
+    assert standard_error(found.square) < 0.09
 
 
 @pytest.mark.parametrize(
@@ -296,8 +297,8 @@ class Unsigned(WeightedPath):
     """A corrector that forgets what climbing costs."""
 
     def step(self, x: Tensor, found: Any, sigma: float, sigma_next: float, *rest: bool) -> Any:
-        moved, raised, after, increments = super().step(x, found, sigma, sigma_next, *rest)
-        return moved, raised, after, increments + (raised**2 - sigma_next**2) * after.rate
+        moved, raised, after, increments, rewards = super().step(x, found, sigma, sigma_next, *rest)
+        return moved, raised, after, increments + (raised**2 - sigma_next**2) * after.rate, rewards
 
 
 def test_churn_gives_the_same_answer_and_would_not_without_its_sign(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -390,6 +391,15 @@ def test_rewards_tilt_the_target_whether_or_not_they_steer(reward, scale, gradie
     assert max(deviations(state, truth)) < 4
     alone = quadrature(product([FIRST]), 0.0)
     assert max(deviations(state, alone, evidence=False)) > 6
+
+
+def test_rewards_are_not_clamped() -> None:
+    """The tilt of a reward is met though nothing else may change a weight."""
+    target = reward_tilted(FIRST, quadratic, 1.5)
+    truth = quadrature(target, 0.0, lambda x: 1.5 * quadratic(x))
+    state = run(target, replace(SCORE, resampling=replace(BELOW_HALF, clamp=1e-6)), low=0.02, to_zero=True, seed=5)
+    assert max(deviations(state, truth)) < 4
+    assert float(state.particles.clipped.max()) == 0
 
 
 def test_a_reward_on_guidance_and_on_a_power() -> None:
@@ -505,6 +515,18 @@ def test_groups_are_the_runs_that_they_are_alone_bit_for_bit(target: Target, cor
             assert torch.equal(whole.log_evidence[group], alone.log_evidence[0])
 
 
+def test_a_single_particle_moves_as_without_weights() -> None:
+    x, sigmas = HIGH * torch.randn((8, 1), generator=seeded(32), dtype=torch.float64), karras_sigmas(10, LOW, HIGH)
+    target = geometric_average(FIRST, SECOND, 3.0)
+    ends = [
+        list(feynman_kac(target, x, sigmas, generator=seeded(33), groups=8, corrector=replace(SCORE, resampling=r)))[-1]
+        for r in (Resampling(threshold=1.0), Resampling(threshold=1.0, clamp=0.5), KEPT)
+    ]
+    assert torch.equal(ends[0].x, ends[2].x)
+    assert torch.equal(ends[1].x, ends[2].x)
+    assert torch.equal(ends[0].log_weights, ends[2].log_weights)
+
+
 def test_particles_in_another_order_are_the_same_particles() -> None:
     order_ = torch.randperm(24, generator=seeded(12))
     for corrector in (replace(SCORE, resampling=KEPT), replace(TRACE, resampling=KEPT)):
@@ -530,7 +552,7 @@ def test_the_same_generator_repeats_a_run() -> None:
 def test_one_evaluation_of_each_denoiser_a_step() -> None:
     first, second, x = Counted(FIRST), Counted(SECOND), HIGH * torch.ones((8, 1), dtype=torch.float64)
     target = reward_tilted(product([first, second]), lambda x: x[:, 0], 0.1, gradient=True)
-    churned = Corrector(form="score", zeta=1.0, churn=0.2)
+    churned = replace(SCORE, rule=None, churn=0.2)
     for corrector in (SCORE, replace(TRACE, probes=3), PLAIN, churned):
         for sigmas, calls in ((karras_sigmas(7, LOW, HIGH), 7), (karras_sigmas(8, LOW, HIGH)[:-1], 8)):
             for counted in (first, second):

@@ -183,6 +183,28 @@ def test_the_clipped_mass_is_by_the_weights_that_particles_have_and_is_of_the_la
     assert later.weigh(torch.tensor([9.0, 0, 0, 0]).double(), Resampling(), 1.0).clipped.tolist() == [0]
 
 
+def test_rewards_are_never_clamped_and_are_no_clipped_weight() -> None:
+    clamp, start = Resampling(clamp=1.0), Particles.begin(LogWeights.equal(1, 4), 9.0)
+    change, rewards = torch.tensor([2.0, 0, 0, -2]).double(), torch.tensor([0.0, 30, -30, 0]).double()
+    after = start.weigh(change, clamp, 1.0, rewards)
+    torch.testing.assert_close(after.weights.values, torch.tensor([[1.0, 30, -30, -1]]).double())
+    share = (math.exp(2) + math.exp(-2)) / (math.exp(2) + math.exp(30) + math.exp(-30) + math.exp(-2))
+    torch.testing.assert_close(after.clipped, torch.tensor([share]).double())
+    free = start.weigh(change, Resampling(), 1.0, rewards)
+    torch.testing.assert_close(free.weights.values, (change + rewards)[None])
+    with pytest.raises(ValueError, match="1 of 4 are not finite at sigma 1"):
+        start.weigh(change, clamp, 1.0, torch.tensor([0.0, math.inf, 0, 0]))
+
+
+def test_single_particles_are_never_resampled_and_draw_no_numbers() -> None:
+    generator = seeded(7)
+    state = generator.get_state()
+    after, index = weighed(5, 1, 8).resample(ALWAYS, generator, 1.0)
+    assert index is None
+    assert torch.equal(after.weights.values, weighed(5, 1, 8).weights.values)
+    assert torch.equal(generator.get_state(), state)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_weights_that_are_no_numbers_are_raised_with_the_level_and_their_number(bad: float) -> None:
     start = Particles.begin(LogWeights.equal(2, 4), 9.0)

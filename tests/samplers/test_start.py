@@ -170,7 +170,7 @@ def test_without_gaussians_it_is_the_noise_of_the_whole_power() -> None:
 class WithoutDensity:
     """What a network knows of a mixture."""
 
-    def __init__(self, model: GaussianMixture) -> None:
+    def __init__(self, model: GaussianMixture | Gaussian) -> None:
         self.model = model
 
     def __call__(self, x: Tensor, sigma: Tensor, cond: object = None) -> Tensor:
@@ -209,6 +209,11 @@ def test_conditioned_terms_begin_at_their_classes_means() -> None:
     expected, joint = dense([model, model], [-2.0, 3.0], [model.mean[2], model.mean[0]], 1.5)
     assert bool(((x.mean(0) - expected).abs() < 4.5 * joint.diagonal().sqrt() / 200).all())
     assert float(log_weights.std()) < 1e-9
+    hidden = WithoutDensity(model)  # then the Gaussian's density is that of the term's own class
+    apart = geometric_average(Conditioned(hidden, 2), Conditioned(hidden, 0), 3.0)
+    own = start_particles(apart, (D,), 1.5, 40_000, gaussians=model, generator=seeded(6), dtype=torch.float64)
+    assert torch.equal(own[0], x)
+    torch.testing.assert_close(own[1], log_weights)
     for rows in (labelled, {"class_labels": labelled}):  # of each particle, given to the run
         x, log_weights = start_particles(
             annealed(model, 1e8), (D,), 1.5, 4, gaussians=model, cond=rows, generator=seeded(7), dtype=torch.float64
