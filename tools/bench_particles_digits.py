@@ -1,7 +1,7 @@
-"""Feynman-Kac correctors on a trained network: the class-conditional digits teacher, and what a step costs.
+"""Feynman-Kac correctors on a trained network, the class-conditional digits teacher, as `distill sample` runs them.
 
-Every arm has a group of particles for each class, all of which are looked at, drawn by their weights. Accuracy is by a
-second classifier, which no reward knows. `no weights` moves in the same way and looks at no weight.
+Every image is drawn from its own particles. Accuracy is by a second classifier, which no reward knows. `one particle`
+moves in the same way and has no weight to be drawn by: what everybody does.
 """
 
 import statistics
@@ -33,141 +33,90 @@ from samplers import (
     sample,
     start_particles,
 )
-from samplers.diagnosis import Diagnosis
 from samplers.particles import Particles
-from samplers.resampling import LogWeights, systematic
+from samplers.resampling import LogWeights
 from samplers.weighted_path import WeightedPath
 from tools.bench_digits import teacher as train_teacher
-from tools.bench_particles import NEVER, Figure
+from tools.bench_particles import NAIVE, NEVER, Figure
 from tools.digits_classifier import DigitsClassifier, log_probability, train
 from tools.scores import Reference, score
 
-STEPS, PARTICLES = 50, 64
+STEPS, PARTICLES = 50, 8
 ALWAYS_SCORE = Corrector(form="score", resampling=Resampling(threshold=1.0))
-METRICS = ("accuracy", "fd", "pixel_fd", "precision", "recall", "spread")
+METRICS = ("accuracy", "fd", "pixel_fd", "precision", "recall")
 LEVELS = (20.0, 5.0, 2.0, 1.0, 0.5, 0.2, 0.05)
+PAIRS = ((3, 8), (1, 7))
 
 
-def digits_tables(folder: Path, teachers: Path, seeds: int = 3) -> str:
+def digits_tables(folder: Path, teachers: Path, seeds: int = 3, n: int = 200) -> str:
     """Quality of every target with and without weights, the noise of the trace, and the picture of the README."""
     train_teacher(teachers, 0)
     model = Teacher.load(pipeline_folder(teachers / "seed-0/teacher"))
-    held_out = digits("held-out")
-    reference, judge = Reference.of(held_out.images), train(seed=1)
-    arms = _arms()
+    reference, judge = Reference.of(digits("held-out").images), train(seed=1)
     lines = [
-        f"Digits teacher, {STEPS} steps, {PARTICLES} particles for each of ten classes, {seeds} seeds; held-out digits "
-        f"themselves: spread {_spread(held_out.images, _labels_of(held_out)):.3f}",
+        f"Digits teacher, {STEPS} steps, {n} images, {seeds} seeds, against held-out digits",
         "",
-        "| target | " + " | ".join(METRICS) + " | lowest ESS | ancestors left |",
-        "|:--|" + "--:|" * (len(METRICS) + 2),
+        "| target | particles an image | " + " | ".join(METRICS) + " | lowest ESS |",
+        "|:--|--:|" + "--:|" * (len(METRICS) + 1),
     ]
-    for name, (choice, guidance, weighted) in arms.items():
-        runs = [_judged(model, choice, guidance, weighted, seed, reference, judge) for seed in range(seeds)]
-        cells = [str(Figure([run[metric] for run in runs])) for metric in METRICS]
-        low, left = (statistics.fmean(run[key] for run in runs) for key in ("ess", "ancestors"))
-        lines.append(f"| {name} | {' | '.join(cells)} | {low:.1f} | {left:.1f} |")
+    for name, choice, guidance in arms():
+        for particles in (1,) if name == MODEL else (1, PARTICLES):
+            generator = generator_of(model, replace(choice, particles=particles), guidance)
+            runs = [_judged(generator, seed, n, reference, judge) for seed in range(seeds)]
+            cells = [str(Figure([run[metric] for run in runs])) for metric in METRICS]
+            lines.append(f"| {name} | {particles} | {' | '.join(cells)} | {generator.lowest_ess:.1f} |")
     draw_picture(model, folder / "particles-digits.png")
     return "\n".join([*lines, "", products_table(model, seeds, judge), noise_table(model)])
 
 
-def _arms() -> dict[str, tuple[TargetChoice, float, bool]]:
-    """Name -> what to sample, the guidance of its base, whether weights are looked at."""
-    reward = TargetChoice("reward", reward=log_probability, particles=PARTICLES)
-    steered = TargetChoice("reward", reward=log_probability, steer=True, particles=PARTICLES)
-    guided, cold = TargetChoice("guided", particles=PARTICLES), TargetChoice("annealed", beta=2.0, particles=PARTICLES)
-    return {
-        "the model, by class": (TargetChoice("annealed", particles=PARTICLES), 1.0, True),
-        "guidance 3, no weights": (guided, 3.0, False),
-        "guidance 3": (guided, 3.0, True),
-        "annealed 2, no weights": (cold, 1.0, False),
-        "annealed 2": (cold, 1.0, True),
-        "no class, steered by log p(class), no weights": (steered, 0.0, False),
-        "no class, times p(class), black box": (reward, 0.0, True),
-        "no class, times p(class), steered": (steered, 0.0, True),
-    }
+MODEL = "the model, by class"
 
 
-def groups(
-    model: Teacher, choice: TargetChoice, guidance: float, weighted: bool, seed: int, corrector: Corrector | None = None
-) -> tuple[Diagnosis, Tensor]:
-    """A run with a group for each class (one for a product), and its labels [groups K]."""
-    own = replace(model, guidance=guidance)
+def arms() -> list[tuple[str, TargetChoice, float]]:
+    """Name, what to sample, the guidance of its base."""
+    reward = TargetChoice("reward", reward=log_probability)
+    return [
+        (MODEL, TargetChoice("annealed"), 1.0),
+        ("guidance 3", TargetChoice("guided"), 3.0),
+        ("annealed 2", TargetChoice("annealed", beta=2.0), 1.0),
+        ("no class, times p(class), black box", reward, 0.0),
+        ("no class, times p(class), steered", replace(reward, steer=True), 0.0),
+    ]
+
+
+def generator_of(model: Teacher, choice: TargetChoice, guidance: float) -> ParticleGenerator:
+    """As the command makes it; one particle moves along the sum of the scores, with the model's own noise."""
     sigmas = karras_sigmas(STEPS, model.sigma_min, model.sigma_max)
-    corrector = corrector or (Corrector() if weighted else Corrector(form="score", zeta=1.0, resampling=NEVER))
-    generator = ParticleGenerator(own, choice, sigmas, torch.device("cpu"), corrector)
-    n, k = 1 if choice.name == "product" else 10, choice.particles
-    labels = torch.arange(n).repeat_interleave(k)
-    target, noise = generator.target(labels), torch.Generator().manual_seed(seed)
-    x, log_weights = start_particles(target, model.shape, float(sigmas[0]), k, groups=n, cond=labels, generator=noise)
-    states = feynman_kac(target, x, sigmas, labels, noise, groups=n, log_weights=log_weights, corrector=corrector)
-    return diagnose(states), labels
-
-
-def _images(diagnosis: Diagnosis, weighted: bool, seed: int) -> Tensor:
-    """All particles, each as often as its weight says."""
-    weights = diagnosis.last.log_weights
-    if not weighted:
-        return diagnosis.last.x
-    chosen = systematic(weights, torch.Generator().manual_seed(1000 + seed))
-    return diagnosis.last.x[(chosen + torch.arange(len(chosen))[:, None] * chosen.shape[1]).flatten()]
+    corrector = Corrector() if choice.particles > 1 else NAIVE
+    return ParticleGenerator(replace(model, guidance=guidance), choice, sigmas, torch.device("cpu"), corrector)
 
 
 def _judged(
-    model: Teacher,
-    choice: TargetChoice,
-    guidance: float,
-    weighted: bool,
-    seed: int,
-    reference: Reference,
-    judge: DigitsClassifier,
+    generator: ParticleGenerator, seed: int, n: int, reference: Reference, judge: DigitsClassifier
 ) -> dict[str, float]:
-    diagnosis, labels = groups(model, choice, guidance, weighted, seed)
-    images = _images(diagnosis, weighted, seed)
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    found = score(images[order], reference, labels[order])
-    return {
-        "accuracy": float((judge.predict(images) == labels).double().mean()),
-        "fd": found.fd,
-        "pixel_fd": found.pixel_fd,
-        "precision": found.precision,
-        "recall": found.recall,
-        "spread": _spread(images, labels),
-        "ess": float(diagnosis.ess.min()),
-        "ancestors": float(diagnosis.unique_ancestors[-1].double().mean()),
-    }
+    images, labels = generator(seed, range(n)), generator.labels(range(n))
+    assert labels is not None
+    found = score(images, reference, labels)
+    accuracy = float((judge.predict(images) == labels).double().mean())
+    return {"accuracy": accuracy, **{name: getattr(found, name) for name in METRICS[1:]}}
 
 
-def _spread(images: Tensor, labels: Tensor) -> float:
-    """The mean distance of a pixel from its class's mean, root mean square."""
-    parts = [images[labels == c] - images[labels == c].mean(0) for c in labels.unique()]
-    return float(torch.cat(parts).square().mean().sqrt())
-
-
-def _labels_of(data: object) -> Tensor:
-    labels = getattr(data, "labels", None)
-    assert isinstance(labels, Tensor)
-    return labels
-
-
-def products_table(model: Teacher, seeds: int, judge: DigitsClassifier) -> str:
+def products_table(model: Teacher, seeds: int, judge: DigitsClassifier, n: int = 60) -> str:
     """Products of two classes: how far both are there, by the second classifier, in nats."""
     lines = [
-        "| product of classes | weights | mean of log p(a) + log p(b) | spread | ancestors left |",
-        "|:--|:--|--:|--:|--:|",
+        f"Products of two classes, {n} images a seed: mean of log p(a) + log p(b) by the second classifier",
+        "",
+        f"| classes | one particle | {PARTICLES} particles |",
+        "|:--|--:|--:|",
     ]
-    for pair in ((3, 8), (1, 7), (4, 9)):
-        choice = TargetChoice("product", classes=pair, particles=2 * PARTICLES)
-        for weighted in (False, True):
-            both, spread, left = [], [], []
-            for seed in range(seeds):
-                diagnosis, labels = groups(model, choice, 1.0, weighted, seed)
-                images = _images(diagnosis, weighted, seed)
-                both.append(float(judge(images).log_softmax(1)[:, list(pair)].sum(1).mean()))
-                spread.append(_spread(images, labels))
-                left.append(float(diagnosis.unique_ancestors[-1]))
-            cells = f"{Figure(both)} | {Figure(spread)} | {Figure(left)}"
-            lines.append(f"| {pair[0]} and {pair[1]} | {'yes' if weighted else 'no'} | {cells} |")
+    for pair in PAIRS:
+        cells = []
+        for particles in (1, PARTICLES):
+            generator = generator_of(model, TargetChoice("product", classes=pair, particles=particles), 1.0)
+            images = [generator(seed, range(n)) for seed in range(seeds)]
+            both = [float(judge(x).log_softmax(1)[:, list(pair)].sum(1).mean()) for x in images]
+            cells.append(str(Figure(both)))
+        lines.append(f"| {pair[0]} and {pair[1]} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -219,26 +168,17 @@ def _rates(target: Target, x: Tensor, sigma: float, probes: int | None, repeats:
     return torch.stack([steps.evaluate(x, sigma).rate for steps in fresh])
 
 
-def draw_picture(model: Teacher, path: Path) -> None:
-    """Naive and corrected side by side: guidance 3, the product of 3 and 8, and the reward."""
+def draw_picture(model: Teacher, path: Path, n: int = 50) -> None:
+    """One particle and several, side by side: guidance 3, and the product of 3 and 8."""
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = []
-    arms = _arms()
-    for name in ("guidance 3, no weights", "guidance 3"):
-        choice, guidance, weighted = arms[name]
-        rows.append((name, _first(groups(model, choice, guidance, weighted, 0)[0], weighted)))
-    product = TargetChoice("product", classes=(3, 8), particles=PARTICLES)
-    for weighted in (False, True):
-        images = _images(groups(model, product, 1.0, weighted, 0)[0], weighted, 0)
-        rows.append((f"3 times 8{'' if weighted else ', no weights'}", images[:60]))
+    product = TargetChoice("product", classes=(3, 8))
+    for name, choice, guidance in (("guidance 3", TargetChoice("guided"), 3.0), ("3 times 8", product, 1.0)):
+        for particles in (1, PARTICLES):
+            generator = generator_of(model, replace(choice, particles=particles), guidance)
+            title = f"{name}, {particles} particle{'s' if particles > 1 else ''}"
+            rows.append((title, generator(0, range(n))))
     side_by_side(rows, path)
-
-
-def _first(diagnosis: Diagnosis, weighted: bool, each: int = 6) -> Tensor:
-    """`each` images of every class, a column for a class."""
-    images = _images(diagnosis, weighted, 0)
-    by_class = images.reshape(10, -1, *images.shape[1:])
-    return by_class[:, :: by_class.shape[1] // each][:, :each].transpose(0, 1).flatten(0, 1)
 
 
 def cost_tables(repeats: int = 7) -> str:
