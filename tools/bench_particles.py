@@ -202,11 +202,11 @@ def dimensions_table(seeds: int, particles: int, steps: int = 100) -> str:
         generator = torch.Generator().manual_seed(dim)
         means = torch.randn((3, dim), generator=generator, dtype=torch.float64)
         means = 3.0 * means / means.norm(dim=1, keepdim=True) * torch.tensor([[1.0], [1.1], [0.9]])
-        deviations = [0.5 + 0.04 * k / dim for k in (-1, 0, 1)]  # p^2 weighs a mode by deviation^-d
+        deviations = [0.55, 0.5, 0.45]  # p^2 weighs a mode by weight^2 deviation^-d: the largest becomes the smallest
         base = mixture([0.5, 0.3, 0.2], means.tolist(), deviations)
         exact, _ = mixture_power(base, torch.tensor(deviations, dtype=torch.float64) ** 2, 2)
-        kept = exact.log_weights.exp() > 1e-3
-        modes = GaussianMixture(exact.log_weights.exp()[kept], exact.means[kept], torch.ones(int(kept.sum())).double())
+        many = torch.cdist(exact.sample(100_000, LOW, _seeded(1)), means).argmin(1).bincount(minlength=3)
+        modes = GaussianMixture((many + 1e-3) / len(many), means, torch.ones(3, dtype=torch.float64))
         cells = []
         for corrector in arms.values():
             runs = [run(annealed(base, 2.0), dim, corrector, steps, particles, seed) for seed in range(seeds)]
