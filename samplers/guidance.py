@@ -27,6 +27,7 @@ from samplers.teleport_scheduler import path_of
 from samplers.weighing_scheduler import WeighingScheduler
 
 Rule = Literal["left", "trapezoid"]
+_RESAMPLING = Resampling(threshold=1.0, clamp=1.0)
 _FINITE = 1e8  # where the coefficients of a state at sigma = infinity are evaluated
 
 
@@ -103,10 +104,12 @@ class FeynmanKacGuidance:
         if self.scale is None or self.scale == 1:
             return f"no guidance to correct: {groups} x {self.k} samples of the conditional law, {steps} steps"
         ess = min(float(s.ess.min()) for s in states)
+        clipped = max(float(s.particles.clipped.max()) for s in states)
         times = float(sum(s.particles.resampled.double().mean() for s in states))
         return (
             f"guidance {self.scale:g} corrected, {groups} x {self.k} particles: resampled {times:.1f} times in {steps} "
             f"steps, ESS at least {ess:.1f}, {int(p.unique_ancestors.min())} of {self.k} ancestors left, "
+            f"{f'at most {clipped:.0%} of the weight clamped, ' if clipped else ''}"
             f"{'equal weights' if float(p.weights.ess.min()) > self.k - 1e-6 else 'images are weighted'}"
         )
 
@@ -154,7 +157,7 @@ class FeynmanKacGuidance:
         if guided:
             halves = asked.out[:, : output.shape[1]].chunk(2)
             cond, uncond = halves if self.branches.conditional_first else halves[::-1]
-            scale = scale_of(self.pipe, output[:batch], cond, uncond)
+            scale = scale_of(self.pipe, output[:batch], cond, uncond, self.scale)
         else:
             scale = 1.0
         if scale is not None:
@@ -171,9 +174,6 @@ class FeynmanKacGuidance:
         self._note(weighed, k, sigma, output.new_empty((batch, 0)))
         final = self.equal_weights and k == self._last_weighed
         resampling = replace(self.resampling, threshold=1.0) if final else self.resampling
-        if self.k == 1:
-            self._carried = replace(weighed, resampled=torch.zeros_like(weighed.resampled))
-            return None
         self._carried, index = weighed.resample(resampling, self._draws, sigma)
         return torch.cat([index, index + batch]) if index is not None and rows > batch else index
 
@@ -228,9 +228,11 @@ def feynman_kac_guidance(
     particles: K, the images of a prompt that compete; call the pipeline with num_images_per_prompt=K (DiT: every class
     label K times in a row). The first K images are of the first prompt. equal_weights: the images come out equally
     weighted, resampled for the last time before the last noisy step that has a weight; False leaves the weights in
-    `particles.log_weights`. resampling: None is Resampling(). rule: how the weight is integrated over a step, see
-    `factors`. generator: for resampling; None is one that begins anew, with one seed, in every run. The pipeline's own
-    random numbers are as many as ever, and with K = 1 the run is the stock one.
+    `particles.weights`. resampling: None is Resampling(threshold=1, clamp=1), as in `samplers.feynman_kac`: in many
+    dimensions one image could have all of a step's weight. What was clamped is told; Resampling() clamps nothing.
+    rule: how the weight is integrated over a step, see `factors`. generator: for resampling; None is one that begins
+    anew, with one seed, in every run. The pipeline's own random numbers are as many as ever, and with K = 1 the run is
+    the stock one.
     Raises ValueError, with nothing changed, for a pipeline, scheduler or setting that cannot be right; for what only a
     call tells (guidance_rescale, eta, conditions that are not groups of K), when that is known.
     """
@@ -239,5 +241,5 @@ def feynman_kac_guidance(
     if rule not in get_args(Rule):
         raise ValueError(f"rule: {rule!r}; accepted are {', '.join(get_args(Rule))}")
     return FeynmanKacGuidance(
-        pipe, particles, Resampling() if resampling is None else resampling, rule, equal_weights, generator
+        pipe, particles, _RESAMPLING if resampling is None else resampling, rule, equal_weights, generator
     )

@@ -117,23 +117,28 @@ def is_guided(branches: Branches, network: Any, x: Tensor, arguments: dict[str, 
     return len(x) == 2 * rows
 
 
-def scale_of(pipe: Any, guided: Tensor, cond: Tensor, uncond: Tensor) -> float | None:
+def scale_of(pipe: Any, guided: Tensor, cond: Tensor, uncond: Tensor, before: float | None) -> float | None:
     """The w of guided = uncond + w (cond - uncond), None if both are the same. Raises ValueError if there is no such w.
 
-    That of the pipeline if it has one, else the shortest decimal that gives what was given, bit by bit.
+    That of the pipeline if it has one, else that of the step before if it fits, else the shortest decimal that gives
+    what was given, bit by bit.
     """
-    w = getattr(pipe, "guidance_scale", None)
     difference = cond - uncond
-    if w is None:
+
+    def fits(w: float) -> bool:
+        slack = 16 * torch.finfo(guided.dtype).eps * (uncond.abs().max() + abs(w) * difference.abs().max())
+        return not bool((uncond + w * difference - guided).abs().max() > slack)  # what is not a number fits
+
+    w = getattr(pipe, "guidance_scale", before)
+    if w is None or (not hasattr(pipe, "guidance_scale") and not fits(w)):
         d = difference.double()
         square = float(d.square().sum())
         if square == 0:
             return None
         estimate = float(((guided - uncond).double() * d).sum()) / square
-        candidates = (float(f"{estimate:.{digits}g}") for digits in range(1, 9))
+        candidates = (float(f"{estimate:.{digits}g}") for digits in range(1, 17))
         w = next((c for c in candidates if torch.equal(uncond + c * difference, guided)), estimate)
-    slack = 16 * torch.finfo(guided.dtype).eps * (uncond.abs().max() + abs(w) * difference.abs().max())
-    if bool((uncond + w * difference - guided).abs().max() > slack):  # what is not a number is told with its weights
+    if not fits(w):
         raise ValueError(
             f"guidance_scale: what reached the scheduler is not uncond + {w:g} (cond - uncond); accepted is plain "
             "classifier-free guidance"

@@ -117,10 +117,10 @@ def test_particles_are_resampled_and_everything_is_undone(name) -> None:
 @everyone
 def test_the_scale_is_the_one_that_was_asked_for(name) -> None:
     pipe = make(name)
-    for scale in (1.3, 7.5, 40.0):
+    for scale in (1.3, 7.5, 40.0, 10 / 3):
         with feynman_kac_guidance(pipe, 2) as guidance:
             made(pipe, 2, steps=3, guidance_scale=scale)
-        assert guidance.scale == scale
+        assert guidance.scale == scale or (scale == 10 / 3 and guidance.scale == pytest.approx(scale, rel=1e-6))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -197,6 +197,17 @@ def test_weights_are_left_where_they_are_asked_for() -> None:
     assert guidance.particles is not None
     assert float(guidance.particles.weights.ess.max()) < 4 - 1e-6
     assert "images are weighted" in str(guidance)
+
+
+def test_what_was_clamped_is_told() -> None:
+    """Without options: a weight of one image is cut, and the line says how much."""
+    pipe = make("StableDiffusionPipeline")
+    with feynman_kac_guidance(pipe, 4) as guidance:
+        made(pipe, 4, guidance_scale=400.0)
+    assert re.search(r"at most \d+% of the weight clamped, equal weights$", str(guidance))
+    assert max(float(s.particles.clipped.max()) for s in guidance.states) > 0.1
+    first = guidance.states[0].particles.weights.values
+    assert float((first - first.mean(1, keepdim=True)).abs().max()) < 2.0  # nats, of 1 about the increments' mean
 
 
 def test_inactive_levels_are_the_stock_run() -> None:

@@ -59,7 +59,8 @@ def test_the_law_is_nearer_to_the_product_by_a_factor(name) -> None:
     found: list[tuple[float, float]] = []
     for seed in (0, 1):
         plain = run(pipe, [1, 2], K, scale=SCALE, steps=STEPS, seed=seed, **more)
-        with feynman_kac_guidance(pipe, K, generator=torch.Generator().manual_seed(seed)) as guidance:
+        resampler = torch.Generator().manual_seed(seed)
+        with feynman_kac_guidance(pipe, K, resampling=Resampling(), generator=resampler) as guidance:
             corrected = run(pipe, [1, 2], K, scale=SCALE, steps=STEPS, seed=seed, **more)
         assert guidance.scale == SCALE
         found.append((float(distances(plain).mean()), float(distances(corrected).mean())))
@@ -136,7 +137,7 @@ def test_without_guidance_there_is_nothing_to_weigh() -> None:
 
 def test_the_states_are_diagnosed_and_drawn_from() -> None:
     pipe, more = make("dit-ddpm")
-    with feynman_kac_guidance(pipe, 256, equal_weights=False) as guidance:
+    with feynman_kac_guidance(pipe, 256, resampling=Resampling(), equal_weights=False) as guidance:
         x = run(pipe, [1, 2], 256, scale=SCALE, steps=20, seed=0, **more)
     diagnosis = diagnose(guidance.states)
     assert diagnosis.ess.shape == (21, 2)
