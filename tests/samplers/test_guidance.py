@@ -197,6 +197,11 @@ def test_weights_are_left_where_they_are_asked_for() -> None:
     assert guidance.particles is not None
     assert float(guidance.particles.weights.ess.max()) < 4 - 1e-6
     assert "images are weighted" in str(guidance)
+    with feynman_kac_guidance(pipe, 4, resampling=Resampling(threshold=0.0)) as guidance:
+        made(pipe, 4)
+    assert guidance.particles is not None
+    assert float(guidance.particles.weights.ess.min()) == pytest.approx(4, abs=1e-9)
+    assert [bool(s.particles.resampled.all()) for s in guidance.states] == [False] * 7 + [True, False]  # the last noise
 
 
 def test_what_was_clamped_is_told() -> None:
