@@ -1,15 +1,9 @@
-"""Laws of Feynman-Kac correctors: the exact Gaussian case, quadrature in one dimension, and what must not matter.
-
-A statistical test runs independent groups: an estimate is the groups' mean, its standard error their spread over root
-groups, and the tolerance is so many of it. Each also bounds the standard error, or sees that the uncorrected fails.
-"""
+"""Feynman-Kac correctors without chance: exact Gaussians, published formulas, what a state holds, what is refused."""
 
 import math
 import warnings
-from collections.abc import Callable
 from dataclasses import replace
-from importlib import import_module
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -39,107 +33,29 @@ from samplers import (
 from samplers.resampling import LogWeights
 from samplers.solvers import Generator
 from samplers.weighted_path import WeightedPath
+from tests.samplers.feynman_kac_cases import (
+    FIRST,
+    HIGH,
+    KEPT,
+    LOW,
+    PLAIN,
+    SCORE,
+    SECOND,
+    TRACE,
+    deviations,
+    estimates,
+    falling,
+    gaussian,
+    log_normaliser,
+    mixture,
+    quadrature,
+    run,
+    seeded,
+    standard_error,
+)
 from tests.truth import Counted, order
 
-LOW, HIGH, GROUPS, K = 0.05, 10.0, 20, 200
-GRID = torch.linspace(-12, 12, 6001, dtype=torch.float64)[:, None]
-NEVER = Resampling(active=(1e8, 1e9))  # the uncorrected sampler
-KEPT = Resampling(threshold=0.0)
-BELOW_HALF = Resampling(threshold=0.5)
-SCORE = Corrector(form="score", zeta=1.0, proposal="multistep", rule="trapezoid", resampling=BELOW_HALF)
-TRACE = Corrector(form="trace", proposal="multistep", rule="trapezoid", probes=None, resampling=BELOW_HALF)
-PLAIN = Corrector(form="score", zeta=1.0, proposal="ancestral", rule="left", resampling=KEPT)
-
-
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def mixture(weights: list[float], means: list[float], deviations: list[float]) -> GaussianMixture:
-    w, m, s = (torch.tensor(v, dtype=torch.float64) for v in (weights, means, deviations))
-    return GaussianMixture(w, m[:, None], s**2)
-
-
-FIRST = mixture([0.6, 0.4], [-1.5, 1.5], [0.6, 0.8])
-SECOND = mixture([0.5, 0.5], [0.0, 2.5], [0.7, 0.5])
-
-
-class Moments(NamedTuple):
-    """log Z, the mean and the mean square; of groups, [groups] each."""
-
-    log_z: Any
-    mean: Any
-    square: Any
-
-
-def quadrature(target: Target, sigma: float, tilt: Callable[[Tensor], Tensor] | None = None) -> Moments:
-    log_p = sum(
-        b * d.log_density(GRID, sigma) for b, d in zip(target.exponents_at(sigma), target.denoisers, strict=True)
-    )
-    log_p = log_p if tilt is None else log_p + tilt(GRID)
-    p, x = log_p.softmax(0), GRID[:, 0]
-    return Moments(float(log_p.logsumexp(0)) + math.log(float(x[1] - x[0])), float(p @ x), float(p @ x**2))
-
-
-def run(
-    target: Target,
-    corrector: Corrector,
-    *,
-    steps: int = 160,
-    groups: int = GROUPS,
-    k: int = K,
-    low: float = LOW,
-    high: float = HIGH,
-    to_zero: bool = False,
-    seed: int = 0,
-    dtype: torch.dtype = torch.float64,
-) -> FeynmanKacState:
-    """The last state of a run from particles that are weighted exactly."""
-    generator = seeded(seed)
-    dim = getattr(target.denoisers[0], "dim", 1)
-    models = list(target.denoisers) if all(isinstance(d, Gaussian) for d in target.denoisers) else None
-    x, log_weights = start_particles(
-        target, (dim,), high, k, groups=groups, gaussians=models, generator=generator, dtype=dtype
-    )
-    sigmas = karras_sigmas(steps, low, high)[: None if to_zero else -1]
-    states = feynman_kac(
-        target, x, sigmas, generator=generator, groups=groups, log_weights=log_weights, corrector=corrector
-    )
-    return list(states)[-1]
-
-
-def estimates(state: FeynmanKacState) -> Moments:
-    w = state.particles.weights.probabilities
-    x = state.x[:, 0].reshape(w.shape).double()
-    return Moments(state.log_evidence, (w * x).sum(1), (w * x**2).sum(1))
-
-
-def deviations(state: FeynmanKacState, truth: Moments, *, evidence: bool = True) -> list[float]:
-    """How many standard errors of the groups the estimates are from the truth; evidence: Z by itself is unbiased."""
-    found = estimates(state)
-    pairs = [(found.mean - truth.mean), (found.square - truth.square)]
-    pairs += [(found.log_z - truth.log_z).exp() - 1] if evidence else []
-    return [abs(float(e.mean())) / (float(e.std()) / math.sqrt(len(e))) for e in pairs]
-
-
-def standard_error(values: Tensor) -> float:
-    return float(values.std()) / math.sqrt(len(values))
-
-
 # The exact Gaussian case.
-
-
-def gaussian(seed: int, *, spread: float = 1.0, mean: float = 1.0) -> Gaussian:
-    generator = seeded(seed)
-    basis = torch.linalg.qr(torch.randn((3, 3), generator=generator, dtype=torch.float64)).Q
-    variances = spread * torch.tensor([2.0, 0.7, 0.2], dtype=torch.float64)
-    return Gaussian(mean * torch.randn(3, generator=generator, dtype=torch.float64), basis, variances, 0.0)
-
-
-def log_normaliser(beta: float, variances: Tensor) -> float:
-    """log of the integral of N(mu, C)^beta, of the variances of C."""
-    d, logdet = len(variances), float(variances.log().sum())
-    return 0.5 * (1 - beta) * (d * math.log(2 * math.pi) + logdet) - 0.5 * d * math.log(beta)
 
 
 @pytest.mark.parametrize("proposal", ["multistep", "ancestral", "euler_maruyama"])
@@ -155,6 +71,7 @@ def test_the_particles_of_an_annealed_gaussian_have_equal_weights(beta: float, p
     assert float((state.log_weights[0] - state.log_weights[1]).abs().max()) < 1e-10 if probes is None else True
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rule", "expected"), [("left", 1.0), ("trapezoid", 2.0)])
 @pytest.mark.parametrize("beta", [0.5, 3.0])
 def test_the_log_evidence_of_an_annealed_gaussian_converges_with_the_rules_order(rule, expected, beta) -> None:
@@ -252,172 +169,6 @@ def test_what_is_one_model_has_no_weights_and_is_ancestral_sampling(target: Targ
             assert torch.equal(ours.log_weights, torch.zeros((1, 50), dtype=torch.float64))
             torch.testing.assert_close(ours.x, theirs.x, rtol=1e-10, atol=1e-10)
             assert torch.equal(ours.sigma, theirs.sigma)
-
-
-# Quadrature.
-
-
-@pytest.mark.parametrize("zeta", [0.7, 1.0, 2.0])
-@pytest.mark.parametrize(
-    ("target", "corrector"),
-    [(geometric_average(FIRST, SECOND, 0.5), SCORE), (annealed(FIRST, 2.0), TRACE)],
-    ids=["average", "square"],
-)
-def test_the_answer_does_not_depend_on_zeta(target: Target, corrector: Corrector, zeta: float) -> None:
-    truth = quadrature(target, LOW)
-    state = run(target, replace(corrector, zeta=zeta), steps=240)
-    found = estimates(state)
-    assert max(deviations(state, truth)) < 4
-    assert standard_error(found.mean) < 0.06
-    assert standard_error(found.square) < 0.09
-
-
-@pytest.mark.parametrize(
-    ("target", "corrector", "largest"),
-    [
-        (geometric_average(FIRST, SECOND, 0.5), SCORE, 0.01),
-        (geometric_average(FIRST, SECOND, 2.0), SCORE, 0.05),
-        (product([FIRST, SECOND]), TRACE, 0.02),
-        (annealed(FIRST, 0.5), SCORE, 0.03),
-        (annealed(FIRST, 0.5), TRACE, 0.02),
-        (annealed(FIRST, 2.0), TRACE, 0.02),
-    ],
-    ids=["average", "guidance 2", "product", "flatter, score", "flatter, trace", "sharper"],
-)
-def test_log_evidence_and_moments_against_quadrature(target: Target, corrector: Corrector, largest: float) -> None:
-    truth = quadrature(target, LOW)
-    state = run(target, corrector, steps=240, seed=1)
-    assert max(deviations(state, truth)) < 3.5
-    assert standard_error(state.log_evidence) < largest
-    naive = run(target, replace(corrector, resampling=NEVER), steps=240, seed=1)
-    assert max(deviations(naive, truth, evidence=False)) > 4.5
-
-
-class Unsigned(WeightedPath):
-    """A corrector that forgets what climbing costs."""
-
-    def step(self, x: Tensor, found: Any, sigma: float, sigma_next: float, *rest: bool) -> Any:
-        moved, raised, after, increments, rewards = super().step(x, found, sigma, sigma_next, *rest)
-        return moved, raised, after, increments + (raised**2 - sigma_next**2) * after.rate, rewards
-
-
-def test_churn_gives_the_same_answer_and_would_not_without_its_sign(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step climbs half of what it descends. Moments; the log-evidence has the left rule's error."""
-    target, corrector = geometric_average(FIRST, SECOND, 2.0), replace(SCORE, rule=None, churn=5.0)
-    truth = quadrature(target, LOW)
-    state = run(target, corrector, steps=240, seed=2)
-    assert float(state.sigma) == pytest.approx(LOW)  # the last step does not climb
-    assert max(deviations(state, truth, evidence=False)) < 4
-    assert abs(float(estimates(state).log_z.mean()) - truth.log_z) < 0.15
-    monkeypatch.setattr(import_module("samplers.feynman_kac"), "WeightedPath", Unsigned)
-    unsigned = run(target, corrector, steps=240, seed=2)
-    assert max(deviations(unsigned, truth, evidence=False)) > 8
-    assert abs(float(estimates(unsigned).log_z.mean()) - truth.log_z) > 0.5
-
-
-def test_the_log_evidence_under_churn_converges_with_the_steps() -> None:
-    """Of a Gaussian, where every particle has the same weight: of order 1 while the churn in all stays the same."""
-    model, steps, errors = gaussian(2), [40, 80, 160, 320], []
-    for n in steps:
-        target, corrector = annealed(model, 2.0), Corrector(form="trace", rule="left", probes=None, churn=4.0)
-        state = run(target, corrector, steps=n, groups=1, k=2)
-        assert float(state.log_weights.std()) < 1e-10
-        errors.append(abs(float(state.log_evidence) - log_normaliser(2.0, model.variances + LOW**2)))
-    assert order(steps, errors) > 0.8
-
-
-class Forgetful(Target):
-    """Exponents that vary, and a corrector that does not know it."""
-
-    varies = False
-
-
-@pytest.mark.parametrize("corrector", [SCORE, replace(TRACE, zeta=1.0), replace(TRACE, zeta=1.3)])
-def test_guidance_that_varies_has_the_answer_of_the_last_level_and_not_without_log_ratios(corrector) -> None:
-    target = geometric_average(FIRST, SECOND, lambda sigma: 1.0 + 1.5 / (1 + sigma**2))
-    truth = quadrature(target, LOW)
-    state = run(target, corrector, steps=400, seed=3)
-    assert max(deviations(state, truth)) < 4
-    forgetful = Forgetful(target.denoisers, target.exponents)
-    assert max(deviations(run(forgetful, replace(corrector, zeta=1.0), seed=3), truth)) > 8
-
-
-class Hidden:
-    """A denoiser without a density, as networks are."""
-
-    def __init__(self, denoiser: Denoiser) -> None:
-        self.denoiser = denoiser
-
-    def __call__(self, x: Tensor, sigma: Tensor, cond: Any = None) -> Tensor:
-        return self.denoiser(x, sigma, cond)
-
-
-def test_guidance_that_varies_needs_no_densities() -> None:
-    """log q begins as that of the noise, far above the data, where the scale is still 1."""
-    target = geometric_average(Hidden(FIRST), Hidden(SECOND), lambda sigma: 1.0 + 1.5 / (1 + sigma**2))
-    state = run(target, SCORE, steps=400, high=40.0, seed=7)
-    truth = quadrature(geometric_average(FIRST, SECOND, 1.0 + 1.5 / (1 + LOW**2)), LOW)
-    assert max(deviations(state, truth, evidence=False)) < 4
-    alone = quadrature(product([SECOND]), LOW)
-    assert max(deviations(state, alone, evidence=False)) > 6
-
-
-def test_powers_that_vary_have_the_answer_of_the_last_level() -> None:
-    target = annealed(FIRST, lambda sigma: 1.0 + 1.0 / (1 + sigma))
-    state = run(target, TRACE, steps=240, seed=4)
-    assert max(deviations(state, quadrature(target, LOW))) < 4
-    assert standard_error(state.log_evidence) < 0.03
-
-
-def quadratic(x: Tensor) -> Tensor:
-    return -0.5 * (x[:, 0] - 1.0) ** 2
-
-
-def bent(x: Tensor) -> Tensor:
-    return (2 * x[:, 0]).sin() + 0.5 * x[:, 0].abs()
-
-
-def falling(sigma: float) -> float:
-    return 1.5 / (1 + sigma**2)
-
-
-@pytest.mark.parametrize("gradient", [False, True])
-@pytest.mark.parametrize("scale", [1.5, falling], ids=["constant", "of sigma"])
-@pytest.mark.parametrize("reward", [quadratic, bent])
-def test_rewards_tilt_the_target_whether_or_not_they_steer(reward, scale, gradient: bool) -> None:
-    target = reward_tilted(FIRST, reward, scale, gradient=gradient)
-    truth = quadrature(target, 0.0, lambda x: 1.5 * reward(x))
-    state = run(target, SCORE, low=0.02, to_zero=True, seed=5)
-    assert max(deviations(state, truth)) < 4
-    alone = quadrature(product([FIRST]), 0.0)
-    assert max(deviations(state, alone, evidence=False)) > 6
-
-
-def test_rewards_are_not_clamped() -> None:
-    """The tilt of a reward is met though nothing else may change a weight."""
-    target = reward_tilted(FIRST, quadratic, 1.5)
-    truth = quadrature(target, 0.0, lambda x: 1.5 * quadratic(x))
-    state = run(target, replace(SCORE, resampling=replace(BELOW_HALF, clamp=1e-6)), low=0.02, to_zero=True, seed=5)
-    assert max(deviations(state, truth)) < 4
-    assert float(state.particles.clipped.max()) == 0
-
-
-def test_a_reward_on_guidance_and_on_a_power() -> None:
-    for base, corrector in ((geometric_average(FIRST, SECOND, 2.0), SCORE), (annealed(FIRST, 2.0), TRACE)):
-        target = reward_tilted(base, quadratic, falling, gradient=True)
-        state = run(target, corrector, low=0.02, to_zero=True, seed=6, steps=200)
-        truth = quadrature(target, 0.02, lambda x: 1.5 * quadratic(x))  # without an increment in the last step
-        assert max(deviations(state, truth)) < 4
-
-
-def test_the_rewards_of_a_run_sum_to_the_reward_of_its_samples() -> None:
-    target = reward_tilted(FIRST, bent, lambda sigma: 1.5 / (1 + sigma))
-    x = HIGH * torch.randn((40, 1), generator=seeded(8), dtype=torch.float64)
-    for window in (KEPT, replace(KEPT, active=(0.2, 3.0))):
-        corrector = replace(SCORE, resampling=window)
-        *_, state = feynman_kac(target, x, karras_sigmas(15, LOW, HIGH), generator=seeded(9), corrector=corrector)
-        assert float(state.sigma) == 0
-        torch.testing.assert_close(state.log_weights[0], 1.5 * bent(state.x), rtol=1e-10, atol=1e-10)
 
 
 # What a state holds.
@@ -605,6 +356,7 @@ def test_threshold_0_leaves_every_particle_in_its_place_and_collects_all_weights
     assert float(state.log_weights.std()) > 0.5
 
 
+@pytest.mark.slow
 def test_resampling_does_not_change_the_answer() -> None:
     target = geometric_average(FIRST, SECOND, 2.0)
     truth = quadrature(target, LOW)
@@ -613,6 +365,7 @@ def test_resampling_does_not_change_the_answer() -> None:
         assert max(deviations(state, truth)) < 4
 
 
+@pytest.mark.slow
 def test_one_probe_agrees_with_the_exact_trace() -> None:
     """In two dimensions, where a probe is not exact."""
     basis = torch.linalg.qr(torch.randn((2, 2, 2), generator=seeded(17), dtype=torch.float64)).Q
@@ -679,6 +432,7 @@ def test_float32_agrees_with_float64() -> None:
     torch.testing.assert_close(ends[1].log_weights, ends[0].log_weights, rtol=1e-3, atol=2e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("corrector", [SCORE, TRACE])
 def test_float32_has_the_answer(corrector: Corrector) -> None:
     target = geometric_average(FIRST, SECOND, 0.5) if corrector is SCORE else annealed(FIRST, 2.0)
