@@ -275,10 +275,7 @@ def _sample(arguments: Namespace) -> None:
         batches = [range(k, min(k + 500, arguments.n)) for k in range(0, arguments.n, 500)]
         grids.append((f"{name}, {generator.nfe} NFE", torch.cat([generator(arguments.seed, b) for b in batches])))
         if isinstance(generator, ParticleGenerator) and generator.choice.particles > 1:
-            _say(
-                f"{name}: of {generator.choice.particles} particles at least {generator.lowest_ess:.1f} carried weight, and at "
-                f"least {generator.fewest_ancestors:.0f} have descendants"
-            )
+            _say(f"{name}: {generator.report}")
     if len(grids) == 1:
         save_grid(grids[0][1], out)
     else:

@@ -71,7 +71,8 @@ class TargetChoice:
 @dataclass
 class ParticleGenerator:
     """Makes sample number k from (seed, k). nfe: evaluations of the network for one image, all its particles together;
-    a probe of the trace counts as two. lowest_ess, fewest_ancestors: of any image's particles so far, at any step.
+    a probe of the trace counts as two. lowest_ess, fewest_ancestors, most_clipped: of any image's particles so far, at
+    any step; the last is a share of their weight.
     """
 
     teacher: Teacher
@@ -81,6 +82,7 @@ class ParticleGenerator:
     corrector: Corrector = field(default_factory=Corrector)
     lowest_ess: float = math.inf
     fewest_ancestors: float = math.inf
+    most_clipped: float = 0.0
 
     @property
     def nfe(self) -> int:
@@ -89,6 +91,15 @@ class ParticleGenerator:
         traced = self.corrector.traces(total) and total != 1
         probes = (self.corrector.probes or math.prod(self.teacher.shape)) if traced else 0
         return (len(self.sigmas) - 1) * self.choice.particles * len(target.denoisers) * (1 + 2 * probes)
+
+    @property
+    def report(self) -> str:
+        """What became of the particles so far, in one line."""
+        clipped = f"; up to {self.most_clipped:.0%} of a step's weight was clamped" if self.most_clipped else ""
+        return (
+            f"of {self.choice.particles} particles at least {self.lowest_ess:.1f} carried weight, and at least "
+            f"{self.fewest_ancestors:.0f} have descendants{clipped}"
+        )
 
     def labels(self, indices: Sequence[int]) -> Tensor | None:
         """Balanced class labels [B]; None if the model or the target has no use for one."""
@@ -140,6 +151,7 @@ class ParticleGenerator:
         diagnosis = diagnose(states)
         self.lowest_ess = min(self.lowest_ess, float(diagnosis.ess.min()))
         self.fewest_ancestors = min(self.fewest_ancestors, float(diagnosis.unique_ancestors.min()))
+        self.most_clipped = max(self.most_clipped, float(diagnosis.clipped.max()))
         return draw(diagnosis.last, 1, noise).cpu()
 
 
@@ -159,6 +171,8 @@ def load_particle_generator(
         raise ValueError(f"{path}: is a one-step student; targets are sampled from diffusion models")
     if choice.name == "guided" and teacher.guidance == 1:
         raise ValueError("guidance: 1 is the model itself; the target 'guided' needs another scale")
+    if choice.name == "product" and guidance == 0:
+        raise ValueError("guidance: 0 takes the classes away that the target 'product' multiplies")
     for label in choice.classes:
         if not 0 <= label < (teacher.n_classes or 0):
             raise ValueError(f"classes: {label}; the model has {teacher.n_classes or 'no'} classes, from 0")

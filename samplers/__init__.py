@@ -6,9 +6,11 @@ solvers    euler, heun, ancestral, dpmpp_2m, gaussian_exponential: generators of
 gaussian   Gaussian: denoiser and probability-flow ODE in closed form; moments fits it to a stream of data
 skip       how far down a Gaussian may carry a sample, certified (integral: by a network; bound: from data alone)
 jump       teleported: a solver that begins there
-pipelines  teleport: the same in diffusers pipelines (teleport_scheduler, teleport_checks)
+pipelines  teleport: the same in diffusers pipelines (teleport_scheduler, teleport_checks, network_hook)
 feynman_kac  weighted particles that sample powers, products and tilts of denoisers' laws exactly (targets,
            weighted_path, particles, resampling); start: where they begin; diagnosis: whether to trust them
+guidance   feynman_kac_guidance: corrected guidance in diffusers pipelines (weighing_scheduler, guidance_checks)
+prompts    a pipeline's denoiser for a prompt (denoiser_from), its latents' shape and their decoder
 mixture    GaussianMixture: exact denoiser and log-density at every noise level
 adapters   a diffusers model and its scheduler -> a denoiser
 noise      random numbers that belong to a sample, whatever its batch or process
@@ -20,11 +22,13 @@ from samplers.denoiser import Denoiser, Guided, score
 from samplers.diagnosis import diagnose
 from samplers.feynman_kac import FeynmanKacState, draw, feynman_kac
 from samplers.gaussian import Gaussian
+from samplers.guidance import feynman_kac_guidance
 from samplers.jump import teleported
 from samplers.mixture import GaussianMixture
 from samplers.noise import SampleNoise, normal_like
 from samplers.particles import Resampling
 from samplers.pipelines import teleport
+from samplers.prompts import decode, latent_shape
 from samplers.resampling import RESAMPLERS, ess
 from samplers.schedules import exponential_sigmas, flow_sigmas, karras_sigmas
 from samplers.skip import choose_sigma_skip
@@ -64,6 +68,7 @@ __all__ = [
     "annealed",
     "bound_of",
     "choose_sigma_skip",
+    "decode",
     "denoiser_from",
     "diagnose",
     "dpmpp_2m",
@@ -72,11 +77,13 @@ __all__ = [
     "euler",
     "exponential_sigmas",
     "feynman_kac",
+    "feynman_kac_guidance",
     "flow_sigmas",
     "gaussian_exponential",
     "geometric_average",
     "heun",
     "karras_sigmas",
+    "latent_shape",
     "nfe",
     "normal_like",
     "product",

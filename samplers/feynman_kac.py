@@ -5,18 +5,20 @@ Exact annealing, guidance, products of experts and rewards by sequential Monte C
 `samplers.resampling`. A run is a generator of states; `samplers.diagnosis` says whether to trust it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from samplers.gaussian import Gaussian
 from samplers.noise import SampleNoise
 from samplers.particles import Particles
 from samplers.resampling import LogWeights
 from samplers.solvers import Generator, State, check_range, levels
-from samplers.targets import Target
+from samplers.start import log_densities
+from samplers.targets import Conditioned, Target
 from samplers.weighted_path import Corrector, WeightedPath
 
 
@@ -66,6 +68,7 @@ def feynman_kac(
     *,
     groups: int = 1,
     log_weights: Tensor | None = None,
+    gaussians: Gaussian | Sequence[Gaussian] | None = None,
     corrector: Corrector | None = None,
 ) -> Iterator[FeynmanKacState]:
     """Steps particles x [groups K, ...], given at sigmas[0], down the schedule; yields the state after every step.
@@ -73,28 +76,33 @@ def feynman_kac(
     The last state with its log_weights is a weighted sample of the target (`draw` takes particles from it). One
     evaluation of every denoiser a step. A last step to 0 takes the prediction and has no increment but the rewards'.
     log_weights: of the start, [groups, K]; `start_particles` gives them with x. cond: for denoisers without a condition
-    of their own, the same within a group. generator: a SampleNoise makes every group the run that it is alone.
-    Raises ValueError for groups that do not divide the batch, weights that are not finite, exponents that vary without
-    zeta = 1 or a trace, and what the target, the schedule and the denoisers refuse. Warns where the score form's
-    weights have no finite variance (zeta^2 <= 1 - 1 / B).
+    of their own, the same within a group. gaussians: those of the start, which exponents that vary need for log q_i
+    there if denoisers have no `log_density` and noise is not all that x is. generator: a SampleNoise makes every group
+    the run that it is alone.
+    Raises ValueError for groups that do not divide the batch, conditions that differ within one, weights that are not
+    finite, exponents that vary without zeta = 1 or a trace, and what the target, the schedule and the denoisers refuse.
+    Warns where the score form's weights have no finite variance (zeta^2 <= 1 - 1 / B).
     """
     path = WeightedPath(target, Corrector() if corrector is None else corrector, cond, generator, groups)
     if groups < 1 or len(x) % groups or not len(x):
         raise ValueError(f"groups: {groups} do not divide a batch of {len(x)} particles")
     for denoiser in target.denoisers:
         check_range(denoiser, sigmas)
+        _check_groups(denoiser.cond if isinstance(denoiser, Conditioned) else cond, groups, len(x))
     grid = [float(level) for level, _, _ in levels(x, sigmas)] + [float(sigmas[-1])]
     path.check(grid)
     weights = LogWeights.equal(groups, len(x) // groups, x.device)
     if log_weights is not None:
-        if log_weights.numel() != len(x):
+        if log_weights.shape not in (weights.values.shape, (len(x),)):
             raise ValueError(
                 f"log_weights: have shape {list(log_weights.shape)}; needed is {list(weights.values.shape)}"
             )
         weights = weights + log_weights.reshape(weights.values.shape)
 
     sigma, resampling = grid[0], path.corrector.resamples(target, grid[0])
-    found = path.evaluate(x, sigma)._replace(logs=path.first_logs(x, sigma))
+    found = path.evaluate(x, sigma)
+    if target.varies:
+        found = found._replace(logs=log_densities(target, x, sigma, gaussians, cond))
     particles = Particles.begin(weights + found.tilt.reshape(weights.values.shape), sigma)
     for step, sigma_next in enumerate(grid[1:]):
         particles, index = particles.resample(resampling, generator, sigma)
@@ -122,3 +130,14 @@ def draw(state: FeynmanKacState, n: int = 1, generator: Generator = None) -> Ten
     cumulative = state.particles.weights.probabilities.cumsum(1)
     chosen = torch.searchsorted(cumulative / cumulative[:, -1:], u.contiguous(), right=True).clamp_max(k - 1)
     return state.x[(chosen + torch.arange(groups, device=chosen.device)[:, None] * k).flatten()]
+
+
+def _check_groups(cond: Any, groups: int, batch: int) -> None:
+    """Raise ValueError for a condition that differs within a group, of which resampling would make a mess."""
+    if isinstance(cond, dict | list | tuple):
+        for part in cond.values() if isinstance(cond, dict) else cond:
+            _check_groups(part, groups, batch)
+    elif isinstance(cond, Tensor) and cond.ndim and len(cond) == batch > groups:
+        rows = cond.reshape(groups, batch // groups, -1)
+        if not bool((rows == rows[:, :1]).all()):
+            raise ValueError(f"cond: differs within a group of {batch // groups} particles; needed is one a group")

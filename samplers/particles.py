@@ -9,27 +9,29 @@ import torch
 from torch import Tensor
 
 from samplers.noise import SampleNoise
-from samplers.resampling import LogWeights, Resampler, systematic
+from samplers.resampling import RESAMPLERS, LogWeights, Resampler
 
 
 @dataclass(frozen=True)
 class Resampling:
     """When and how particles are weighted and resampled.
 
-    scheme: see `samplers.resampling`. threshold: groups whose effective sample size is below this share of their
-    particles are resampled before a step (0: never, 1: always). active: levels (low, high) outside which particles are
-    not resampled and weighted by rewards only, so that there the uncorrected sampler runs. clamp: increments of a step,
-    but for those by rewards, are kept within this many nats of their group's mean (None: as they are); what that cut is
-    reported as `clipped`.
+    scheme: a function of `samplers.resampling`, or its name. threshold: groups whose effective sample size is below
+    this share of their particles are resampled before a step (0: never, 1: always). active: levels (low, high) outside
+    which particles are not resampled and weighted by rewards only, so that there the uncorrected sampler runs. clamp:
+    increments of a step, but for those by rewards, are kept within this many nats of their group's mean (None: as they
+    are); what that cut is reported as `clipped`.
     Raises ValueError for a threshold outside [0, 1], a clamp that is not positive, and levels that are no interval.
     """
 
-    scheme: Resampler = systematic
+    scheme: Resampler | str = "systematic"
     threshold: float = 0.5
     active: tuple[float, float] = (0.0, math.inf)
     clamp: float | None = None
 
     def __post_init__(self) -> None:
+        if not callable(self.scheme) and self.scheme not in RESAMPLERS:
+            raise ValueError(f"scheme: {self.scheme!r}; accepted are {', '.join(RESAMPLERS)}, and functions like them")
         if not 0 <= self.threshold <= 1:
             raise ValueError(f"threshold: {self.threshold}; accepted are shares of the particles in [0, 1]")
         if self.clamp is not None and not self.clamp > 0:
@@ -92,7 +94,8 @@ class Particles:
         stepped = replace(self, ancestors=places, resampled=torch.zeros_like(self.resampled))
         if k == 1 or resampling.threshold == 0 or not resampling.acts_at(sigma):
             return stepped, None
-        ancestors = resampling.scheme(self.weights.values, generator)
+        scheme = RESAMPLERS[resampling.scheme] if isinstance(resampling.scheme, str) else resampling.scheme
+        ancestors = scheme(self.weights.values, generator)
         triggered = self.weights.ess < resampling.threshold * k * (1 - 1e-12)  # equal weights are not resampled
         if not bool(triggered.any()):
             return stepped, None

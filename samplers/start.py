@@ -50,12 +50,23 @@ def start_particles(
     noise = normal_like(x, generator).flatten(1)
     spread = (joint.variances[None].sqrt(), torch.full((1, 1), joint.rest, dtype=torch.float64).sqrt())
     offset = joint.apply((spread[0].to(device), spread[1].to(device), noise.double()))
-    log_weights = -joint.log_density(offset.reshape(n, *shape), 0.0)
     x = (mean + offset).reshape(n, *shape).to(dtype)
-    for b, denoiser, gaussian, own in zip(exponents, target.denoisers, models, conds, strict=True):
-        known = denoiser if hasattr(denoiser, "log_density") else gaussian
-        log_weights = log_weights + b * known.log_density(x.double(), sigma, own)
+    logs = log_densities(target, x, sigma, gaussians, cond)
+    log_weights = (torch.tensor(exponents, dtype=torch.float64, device=logs.device)[:, None] * logs).sum(0)
+    log_weights = log_weights - joint.log_density(offset.reshape(n, *shape), 0.0)
     return x, log_weights.reshape(groups, particles)
+
+
+def log_densities(
+    target: Target, x: Tensor, sigma: float, gaussians: Gaussian | Sequence[Gaussian] | None = None, cond: Any = None
+) -> Tensor:
+    """log q_i(x; sigma) of each denoiser, [terms, B], float64: its own `log_density`, or its Gaussian's."""
+    logs = []
+    for denoiser, gaussian in zip(target.denoisers, _models(target, tuple(x.shape[1:]), gaussians), strict=True):
+        own = denoiser.cond if isinstance(denoiser, Conditioned) else cond
+        known: Any = denoiser if hasattr(denoiser, "log_density") else gaussian
+        logs.append(known.log_density(x.double(), sigma, own).double())
+    return torch.stack(logs)
 
 
 def gaussian_product(

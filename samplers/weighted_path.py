@@ -17,7 +17,6 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from samplers.denoiser import Denoiser
 from samplers.noise import SampleNoise, normal_like
 from samplers.particles import Resampling
 from samplers.solvers import Generator
@@ -127,18 +126,19 @@ class WeightedPath:
 
     def check(self, grid: list[float]) -> None:
         """Exponents at all levels; what the weight can and cannot be; how far a step climbs."""
-        corrector = self.corrector
+        corrector, worst = self.corrector, (math.inf, 0.0, 0.0)
         self.climb = 1 + min(corrector.churn / (len(grid) - 1), 2**0.5 - 1)
         for sigma in grid:
             total = sum(self.target.exponents_at(sigma))
             zeta, traces = corrector.noise(total), corrector.traces(total)
             if self.target.varies and not traces and zeta != 1:
                 raise ValueError(f"zeta: {zeta}; exponents that depend on sigma need 1, or form 'trace'")
+            if not traces and total > 1 + 1e-9:
+                worst = min(worst, (zeta**2 - (1 - 1 / total), zeta, total))
         if corrector.churn and corrector.rule == "trapezoid":
             raise ValueError("rule: 'trapezoid' needs an evaluation at the level that churn leaves; accepted is 'left'")
-        total = sum(self.target.exponents_at(grid[0]))
-        zeta = corrector.noise(total)
-        if not corrector.traces(total) and total > 1 + 1e-9 and zeta**2 <= 1 - 1 / total:
+        margin, zeta, total = worst
+        if margin <= 0:
             warnings.warn(
                 f"zeta: {zeta:.3g} with exponents of sum {total:.3g} gives weights without a finite variance: zeta^2 = "
                 f"{zeta**2:.3g} is not above 1 - 1 / B = {1 - 1 / total:.3g}; raise zeta or use form 'trace'",
@@ -160,6 +160,8 @@ class WeightedPath:
             copies = len(exponents) if by_term else 1
             leaves = [x.detach().clone().requires_grad_(diverges or steers) for _ in range(copies)]
             predictions = target.predict([leaves[min(i, copies - 1)] for i in range(len(exponents))], level, self.cond)
+            if diverges or steers:
+                _check_derivatives(exponents, predictions, "form: 'trace'" if diverges else "gradient: True")
             mean = _weighted(exponents, predictions) / total
             steer = self._steer(mean, leaves, sigma, keep=diverges) if steers else None
             traced = self._traces(predictions if by_term else [mean], leaves) if diverges else None
@@ -194,8 +196,6 @@ class WeightedPath:
     def _traces(self, outputs: list[Tensor], leaves: list[Tensor]) -> list[Tensor]:
         """The traces of the Jacobians of outputs [B, ...] by their leaves, each [B], exact or by probes."""
         x = leaves[0]
-        if not all(out.requires_grad for out in outputs):
-            raise ValueError("form: 'trace' needs denoisers that can be differentiated; accepted without is 'score'")
         exact = self.corrector.probes is None
         n = self.corrector.probes or x[0].numel()
         found = [torch.zeros(len(x), dtype=torch.float64, device=x.device) for _ in outputs]
@@ -229,12 +229,6 @@ class WeightedPath:
         generator = self.generator[::k] if isinstance(self.generator, SampleNoise) else self.generator
         return normal_like(x[::k], generator).repeat_interleave(k, 0)
 
-    def first_logs(self, x: Tensor, sigma: float) -> Tensor | None:
-        """log q_i(x; sigma) [terms, B]: a denoiser's own log-density, or that of the noise alone."""
-        if not self.target.varies:
-            return None
-        return torch.stack([log_density(d, x, sigma, self.cond) for d in self.target.denoisers])
-
     def step(
         self, x: Tensor, found: Found, sigma: float, sigma_next: float, weighs: bool, last: bool
     ) -> tuple[Tensor, float, Found, Tensor, Tensor]:
@@ -244,7 +238,9 @@ class WeightedPath:
         total = sum(exponents)
         moved, rewards = self._descend(x, found, sigma, sigma_next, total)
         if sigma_next == 0:
-            tilt, before = self.target.tilt(moved, 0.0), found.tilt
+            before = found.tilt
+            with torch.no_grad():
+                tilt = self.target.tilt(moved, 0.0)
             found = found._replace(denoised=moved, tilt=tilt)
             return moved, 0.0, found, torch.zeros_like(tilt), rewards + tilt - before
 
@@ -319,17 +315,19 @@ class WeightedPath:
         return logs
 
 
+def _check_derivatives(exponents: list[float], predictions: list[Tensor], asked: str) -> None:
+    """Raise ValueError for a denoiser without a derivative, which would count as 0."""
+    for i, (b, d) in enumerate(zip(exponents, predictions, strict=True)):
+        if b and not d.requires_grad:
+            raise ValueError(
+                f"{asked} needs denoisers that can be differentiated, and number {i} cannot (does it run under "
+                "torch.no_grad?); accepted without are form 'score' and gradient False"
+            )
+
+
 def _weighted(exponents: list[float], values: list[Tensor]) -> Tensor:
     """sum_i b_i v_i."""
     total = exponents[0] * values[0]
     for b, v in zip(exponents[1:], values[1:], strict=True):
         total = total + b * v
     return total
-
-
-def log_density(denoiser: Denoiser, x: Tensor, sigma: float, cond: Any = None) -> Tensor:
-    """log q(x; sigma), [B], float64: the denoiser's own, or the noise's, N(0, sigma^2)."""
-    if hasattr(denoiser, "log_density"):
-        return denoiser.log_density(x, sigma, cond).double()
-    flat = x.flatten(1).double()
-    return -0.5 * (flat.square().sum(1) / sigma**2 + flat.shape[1] * math.log(2 * math.pi * sigma**2))
