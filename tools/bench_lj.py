@@ -38,7 +38,7 @@ ANNEALED = (1.5, 0.8)
 class Settings:
     """Sizes: of the references (ladders, tempering steps, burn-in), of the training, and of a run of particles.
 
-    Steps matter: with 150 of them mean energies at T = 2, and of the trace form at 1.5, are 2 to 3 higher than with 450.
+    Steps matter: with 150 mean energies at T = 2, and of the trace form at 1.5, are 2 to 3 higher than with 450.
     """
 
     ladders: int = 128

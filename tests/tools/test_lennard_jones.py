@@ -161,13 +161,13 @@ class Trap:
 
 @pytest.mark.parametrize("arm", bench_lj.ARMS, ids=lambda arm: arm.name)
 def test_annealing_a_trap_cools_it_and_only_with_the_weights_by_as_much_as_asked(arm: bench_lj.Arm) -> None:
-    settings = bench_lj.Settings(particles=4000, steps=100, sigma_max=20.0)
+    settings = bench_lj.Settings(particles=4000, steps=300, sigma_max=20.0)
     y = 2**0.5 * torch.randn(4000, 3, 1, generator=torch.Generator().manual_seed(0))
     ended = bench_lj.anneal(Trap(), y, 2.5, arm, settings, 0)
     assert float(ended["weights"].sum()) == pytest.approx(1)
     variance = float((ended["weights"][:, None, None] * ended["y"].square()).sum()) / 3
     if arm.form == "trace":
-        assert variance == pytest.approx(0.8, rel=0.06)
+        assert variance == pytest.approx(0.8, rel=0.065)  # five standard errors
     elif arm.threshold is None:  # s dv (1 + zeta^2) B / 2 with noise of zeta^2 dv ends too narrow
         assert variance < 0.72
     elif not arm.tempered:  # (of tempered noise the weights have no variance: nothing to expect)
