@@ -173,7 +173,7 @@ def _sample_parser() -> ArgumentParser:
     parser.add_argument("--out", type=str, default="grid.png", help="the PNG to write")
     parser.add_argument("--n", type=int, default=80, help="how many samples, ten to a row")
     parser.add_argument("--seed", type=int, default=0, help="sample k depends on the seed and k only")
-    parser.add_argument("--sampler", type=SolverName, default="heun", help="for diffusion models")
+    parser.add_argument("--sampler", type=SolverName, help="for diffusion models (default heun)")
     parser.add_argument("--steps", type=int, default=18, help="of the sampler")
     parser.add_argument("--guidance", type=float, default=1.0, help="classifier-free guidance scale; 1 is none")
     parser.add_argument("--device", type=str, default="cpu", help="where the network runs")
@@ -269,7 +269,7 @@ def _sample(arguments: Namespace) -> None:
         steps, guidance, device = arguments.steps, arguments.guidance, arguments.device
         generator: ImageGenerator | ParticleGenerator
         if choice is None:
-            generator = load_generator(path, arguments.sampler, steps, guidance, device)
+            generator = load_generator(path, arguments.sampler or "heun", steps, guidance, device)
         else:
             generator = load_particle_generator(path, choice, steps, guidance, device)
         batches = [range(k, min(k + 500, arguments.n)) for k in range(0, arguments.n, 500)]
@@ -293,6 +293,8 @@ def _target(arguments: Namespace) -> "TargetChoice | None":
         if given:
             raise ValueError(f"--{next(iter(given))}: is for --target guided, annealed, product or reward")
         return None
+    if arguments.sampler is not None:
+        raise ValueError(f"--sampler: {arguments.sampler} is not for --target, whose particles have steps of their own")
     uses = {"guided": (), "annealed": ("beta",), "product": ("beta", "classes"), "reward": ("reward", "scale", "steer")}
     for name in given:
         if name not in ("particles", *uses[arguments.target]):

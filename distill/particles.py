@@ -3,8 +3,11 @@
 Sample k, with its particles, depends on (seed, k) and their number only.
 """
 
+import functools
 import importlib
 import math
+import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -70,9 +73,11 @@ class TargetChoice:
 
 @dataclass
 class ParticleGenerator:
-    """Makes sample number k from (seed, k). nfe: evaluations of the network for one image, all its particles together;
-    a probe of the trace counts as two. lowest_ess, fewest_ancestors, most_clipped: of any image's particles so far, at
-    any step; the last is a share of their weight.
+    """Makes sample number k from (seed, k).
+
+    nfe: evaluations of the network for one image, all its particles together; a product with the Jacobian, for a probe
+    of the trace or to steer, counts as two. lowest_ess, fewest_ancestors, most_clipped: of any image's particles so
+    far, at any step; the last is the share of a step's weight that clamping moved.
     """
 
     teacher: Teacher
@@ -90,7 +95,9 @@ class ParticleGenerator:
         total = sum(target.exponents_at(float(self.sigmas[0])))
         traced = self.corrector.traces(total) and total != 1
         probes = (self.corrector.probes or math.prod(self.teacher.shape)) if traced else 0
-        return (len(self.sigmas) - 1) * self.choice.particles * len(target.denoisers) * (1 + 2 * probes)
+        asked = {(id(d.denoiser), id(d.cond)) if isinstance(d, Conditioned) else id(d) for d in target.denoisers}
+        products = probes + self.choice.steer
+        return (len(self.sigmas) - 1) * self.choice.particles * len(asked) * (1 + 2 * products)
 
     @property
     def report(self) -> str:
@@ -121,13 +128,19 @@ class ParticleGenerator:
         reward = choice.reward
         return reward_tilted(base, lambda x: reward(x, labels), choice.scale, gradient=choice.steer)
 
+    @functools.cached_property
+    def _uncond(self) -> Conditioned:
+        """One object, so that a target of several classes asks for it once."""
+        null = torch.tensor([self.teacher.null_label], device=self.device)
+        return Conditioned(self.teacher.denoiser, null)
+
     def _base(self, denoiser: Denoiser, label: int | None = None) -> Target:
         """The guided law, of the batch's labels or of one class."""
-        w, null = self.teacher.guidance, self.teacher.null_label
+        w = self.teacher.guidance
         own = denoiser if label is None else Conditioned(denoiser, torch.tensor([label], device=self.device))
         if w == 1:
             return product([own])
-        uncond = Conditioned(denoiser, torch.tensor([null], device=self.device))
+        uncond = self._uncond
         return product([uncond]) if w == 0 else geometric_average(uncond, own, w)
 
     def __call__(self, seed: int, indices: Sequence[int], labels: Tensor | None = None) -> Tensor:
@@ -184,12 +197,15 @@ def load_particle_generator(
 def import_reward(name: str) -> LabelledReward:
     """The function MODULE:FUNCTION of images [B, C, H, W] and labels [B] (None without classes) that gives [B]."""
     module, colon, attribute = name.partition(":")
-    if not colon:
+    if not (module and colon and attribute) or module.startswith("."):
         raise ValueError(f"reward: {name!r}; needed is MODULE:FUNCTION")
+    sys.path.insert(0, os.getcwd())  # a file beside the user, whose command lies elsewhere
     try:
         found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"reward: {name!r} cannot be imported ({error})") from error
+    except Exception as error:  # whatever the user's module does
+        raise ValueError(f"reward: {name!r} cannot be imported ({type(error).__name__}: {error})") from error
+    finally:
+        sys.path.remove(os.getcwd())
     if not callable(found):
         raise ValueError(f"reward: {name!r} is not a function")
     return found

@@ -36,10 +36,10 @@ class Diagnosis:
     @property
     def warnings(self) -> list[str]:
         """Why not to trust the result, each in a sentence; empty where nothing speaks against it."""
-        found, k, few = [], self.particles, min(_FEW, self.particles / 2)
+        found, k, few = [], self.particles, max(2.0, min(_FEW, self.particles / 2))
         step, group = divmod(int(self.ess.argmin()), self.ess.shape[1])
         low = float(self.ess[step, group])
-        if k > 1 and (low < _LOW_ESS * k or low < min(2.0, k / 2)):
+        if k > 1 and (low < _LOW_ESS * k or low < min(2.0, 0.75 * k)):
             found.append(
                 f"only {low:.1f} of {k} particles carried weight at sigma {float(self.sigma[step]):.3g}: "
                 "take more steps there, more particles, or a target that is less far from the models"
@@ -50,12 +50,12 @@ class Diagnosis:
                 f"all particles of a group descend from {left} of the first {k}: modes can be missing, and differences "
                 "between samples are those of the last steps; take more particles, or the trace form"
             )
-        clipped = float(self.clipped.max())
+        clipped = float(self.clipped.sum(0).max())
         if clipped > _CLIPPED:
             at = float(self.sigma[int(self.clipped.amax(1).argmax())])
             found.append(
-                f"clamping changed particles with {clipped:.0%} of the weight (at sigma {at:.3g}): the target is not "
-                "met exactly; take more steps"
+                f"clamping moved {clipped:.2g} of the weight, summed over the steps (most at sigma {at:.3g}): the "
+                "target is not met exactly; take more steps"
             )
         return found
 

@@ -83,8 +83,10 @@ def feynman_kac(
     finite, exponents that vary without zeta = 1 or a trace, and what the target, the schedule and the denoisers refuse.
     Warns where the score form's weights have no finite variance (zeta^2 <= 1 - 1 / B).
     """
+    if not isinstance(target, Target):
+        raise ValueError(f"target: is a {type(target).__name__}; needed is a Target, as product([denoiser]) makes one")
     path = WeightedPath(target, Corrector() if corrector is None else corrector, cond, generator, groups)
-    if groups < 1 or len(x) % groups or not len(x):
+    if type(groups) is not int or groups < 1 or len(x) % groups or not len(x):
         raise ValueError(f"groups: {groups} do not divide a batch of {len(x)} particles")
     for denoiser in target.denoisers:
         check_range(denoiser, sigmas)
@@ -105,7 +107,8 @@ def feynman_kac(
         found = found._replace(logs=log_densities(target, x, sigma, gaussians, cond))
     particles = Particles.begin(weights + found.tilt.reshape(weights.values.shape), sigma)
     for step, sigma_next in enumerate(grid[1:]):
-        particles, index = particles.resample(resampling, generator, sigma)
+        separates = sigma_next > 0 and path.corrector.noise(sum(target.exponents_at(sigma))) > 0
+        particles, index = particles.resample(resampling, generator, sigma, separates)
         if index is not None:
             x, found = x[index], found.take(index)
         weighs = resampling.acts_at(sigma)
@@ -118,10 +121,13 @@ def feynman_kac(
 def draw(state: FeynmanKacState, n: int = 1, generator: Generator = None) -> Tensor:
     """n independent particles of each group by their weights, [groups n, ...], a group's together."""
     groups, k = state.log_weights.shape
+    if n < 1:
+        raise ValueError(f"n: {n}; accepted are whole numbers of at least 1")
     if isinstance(generator, SampleNoise):
         if len(generator) != groups * k or n > k:
             raise ValueError(
-                f"generator: has {len(generator)} streams; needed is one for each of {groups * k} particles"
+                f"generator: has {len(generator)} streams for {n} draws of each of {groups} groups of {k}; needed is "
+                "one for each particle, and no more draws than particles"
             )
         u = generator.uniform(state.x.device).reshape(groups, k)[:, :n]
     else:

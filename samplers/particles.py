@@ -19,8 +19,8 @@ class Resampling:
     scheme: a function of `samplers.resampling`, or its name. threshold: groups whose effective sample size is below
     this share of their particles are resampled before a step (0: never, 1: always). active: levels (low, high) outside
     which particles are not resampled and weighted by rewards only, so that there the uncorrected sampler runs. clamp:
-    increments of a step, but for those by rewards, are kept within this many nats of their group's mean (None: as they
-    are); what that cut is reported as `clipped`.
+    increments of a step, but for those by rewards and by exponents that change, are kept within this many nats of their
+    group's mean (None: as they are); what that did is reported as `clipped`.
     Raises ValueError for a threshold outside [0, 1], a clamp that is not positive, and levels that are no interval.
     """
 
@@ -36,7 +36,7 @@ class Resampling:
             raise ValueError(f"threshold: {self.threshold}; accepted are shares of the particles in [0, 1]")
         if self.clamp is not None and not self.clamp > 0:
             raise ValueError(f"clamp: {self.clamp}; accepted are positive numbers of nats, and None")
-        if not 0 <= self.active[0] < self.active[1]:
+        if len(self.active) != 2 or not 0 <= self.active[0] < self.active[1]:
             raise ValueError(f"active: {self.active}; needed are levels 0 <= low < high")
 
     def acts_at(self, sigma: float) -> bool:
@@ -50,7 +50,8 @@ class Particles:
 
     weights: since each group's last resampling. ancestors: [groups, K], whose place in its group each particle held
     before the last step. roots: [groups, K], which of the first particles it descends from. resampled: [groups], in the
-    last step. clipped: [groups], the share of the weight that the last step's clamped particles would have had.
+    last step. clipped: [groups], the share of the weight that the last step's clamping
+    moved from particle to particle.
     """
 
     weights: LogWeights
@@ -72,7 +73,10 @@ class Particles:
 
     @property
     def log_evidence(self) -> Tensor:
-        """The logarithm of the mean of the whole path's weights, [groups]: unbiased before it is taken."""
+        """The logarithm of the mean of the whole path's weights, [groups]: unbiased before it is taken.
+
+        Of the path as it was weighed: clamping, levels that were not active and a rule's error are in it.
+        """
         return self.collected + self.weights.log_mean
 
     @cached_property
@@ -82,12 +86,17 @@ class Particles:
         return 1 + (ordered.diff(dim=1) != 0).sum(1)
 
     def resample(
-        self, resampling: Resampling, generator: torch.Generator | SampleNoise | None, sigma: float
+        self,
+        resampling: Resampling,
+        generator: torch.Generator | SampleNoise | None,
+        sigma: float,
+        separates: bool = True,
     ) -> tuple["Particles", Tensor | None]:
         """The particles to step from, and which of all particles [groups K] they copy (None: each itself).
 
         Numbers are drawn whether or not a group is resampled, so that no group's depend on another's; never for single
-        particles, which move as without weights.
+        particles, which move as without weights. separates: whether noise is about to tell copies apart; without it
+        nothing is copied.
         """
         groups, k = self.weights.values.shape
         places = torch.arange(k, device=self.roots.device).expand(groups, k)
@@ -96,6 +105,8 @@ class Particles:
             return stepped, None
         scheme = RESAMPLERS[resampling.scheme] if isinstance(resampling.scheme, str) else resampling.scheme
         ancestors = scheme(self.weights.values, generator)
+        if not separates:
+            return stepped, None
         triggered = self.weights.ess < resampling.threshold * k * (1 - 1e-12)  # equal weights are not resampled
         if not bool(triggered.any()):
             return stepped, None
@@ -116,8 +127,8 @@ class Particles:
     ) -> "Particles":
         """The particles with increments [groups K] of their log-weights, in nats, clamped if asked.
 
-        rewards: [groups K], never clamped, for they add up to the reward. Raises ValueError, with the level and their
-        number, for increments that are not finite.
+        rewards: [groups K], never clamped, for they add up to the reward, or to the change of an exponent.
+        Raises ValueError, with the level and their number, for increments that are not finite.
         """
         increments = increments.double().reshape(self.roots.shape)
         own = torch.zeros_like(increments) if rewards is None else rewards.double().reshape(self.roots.shape)
@@ -126,9 +137,9 @@ class Particles:
             return replace(self, weights=self.weights + (increments + own), clipped=torch.zeros_like(self.clipped))
         centre = increments.mean(1, keepdim=True)
         kept = (increments - centre).clamp(-resampling.clamp, resampling.clamp) + centre
-        cut = (increments - centre).abs() > resampling.clamp
-        mass = ((self.weights + (increments + own)).probabilities * cut).sum(1)
-        return replace(self, weights=self.weights + (kept + own), clipped=mass)
+        weights, unclamped = self.weights + (kept + own), self.weights + (increments + own)
+        moved = 0.5 * (weights.probabilities - unclamped.probabilities).abs().sum(1)
+        return replace(self, weights=weights, clipped=moved)
 
 
 def _check_finite(values: Tensor, sigma: float) -> None:

@@ -78,9 +78,9 @@ def gaussian_product(
     Raises ValueError where the product is no Gaussian (exponents below 0 of a law that is narrower than the others).
     """
     first = gaussians[0]
-    device = first.components.device
+    device = means[0].device
     distinct = list({id(g): g for g in gaussians}.values())
-    basis = first.components.double()
+    basis = first.components.double().to(device)
     if len(distinct) > 1:
         basis = torch.cat([g.components.double().to(device) for g in distinct])
         basis = torch.linalg.qr(basis.mT).Q.mT if len(basis) else basis

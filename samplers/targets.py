@@ -35,11 +35,11 @@ class Conditioned:
             self.log_density = self._log_density
 
     def __call__(self, x: Tensor, sigma: Tensor, cond: Any = None) -> Tensor:
-        return self.denoiser(x, sigma, join_conditions([self.cond], len(x)))
+        return self.denoiser(x, sigma, join_conditions([_on(self.cond, x.device)], len(x)))
 
     def _log_density(self, x: Tensor, sigma: Tensor | float = 0.0, cond: Any = None) -> Tensor:
         own = self.denoiser.log_density  # type: ignore[attr-defined]
-        return own(x, sigma, join_conditions([self.cond], len(x)))
+        return own(x, sigma, join_conditions([_on(self.cond, x.device)], len(x)))
 
 
 class Tilt(NamedTuple):
@@ -73,6 +73,12 @@ class Target:
     exponents: tuple[Exponent, ...]
     tilts: tuple[Tilt, ...] = ()
 
+    def __post_init__(self) -> None:
+        if not self.denoisers or len(self.denoisers) != len(self.exponents):
+            raise ValueError(
+                f"exponents: are {len(self.exponents)}; needed is one for each of {len(self.denoisers)} laws"
+            )
+
     @property
     def varies(self) -> bool:
         """Whether an exponent depends on sigma."""
@@ -101,7 +107,8 @@ class Target:
             if len(asked) == 1:
                 answers = [self.denoisers[asked[0]](xs[asked[0]], sigma, cond)]
             else:
-                conds = join_conditions([parts[i][1] for i in asked], len(xs[0]))
+                own_conds = [_on(parts[i][1], xs[0].device) for i in asked]
+                conds = join_conditions(own_conds, len(xs[0]))
                 joined = parts[asked[0]][0](torch.cat([xs[i] for i in asked]), sigma, conds)
                 answers = list(joined.chunk(len(asked)))
             found = dict(zip(questions, answers, strict=True))
@@ -177,3 +184,12 @@ def _times(a: Exponent, b: Exponent) -> Exponent:
     if callable(a) or callable(b):
         return lambda sigma: at(a, sigma) * at(b, sigma)
     return a * b
+
+
+def _on(cond: Any, device: torch.device) -> Any:
+    """A condition with its tensors on a device."""
+    if isinstance(cond, dict):
+        return {key: _on(value, device) for key, value in cond.items()}
+    if isinstance(cond, list | tuple):
+        return type(cond)(_on(value, device) for value in cond)
+    return cond.to(device) if isinstance(cond, Tensor) else cond

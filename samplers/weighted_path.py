@@ -32,7 +32,8 @@ class Corrector:
     """How particles move and what they are weighed by.
 
     form: `score` or `trace` (see the module); None is the score form where the exponents sum to 1 and the trace form
-    elsewhere. zeta: the step's noise over the model's own; None is 1 in the score form and B^-1/2 in the trace form,
+    elsewhere. zeta: the step's noise over the model's own (0: particles are weighted, and never
+    resampled, for copies would not separate); None is 1 in the score form and B^-1/2 in the trace form,
     which is the model's own sampler with its noise scaled. proposal: `ancestral` integrates the noise exactly and
     holds the prediction, `multistep` extrapolates it from the evaluation before (DPM-Solver++(2M) as an SDE, Lu et al.
     2022), `euler_maruyama` holds the drift. rule: where a step's weight is taken, at its beginning (`left`) or at both
@@ -59,10 +60,12 @@ class Corrector:
                 raise ValueError(f"{name}: {value!r}; accepted are {', '.join(get_args(kinds))}")
         if self.zeta is not None and not 0 <= self.zeta < math.inf:
             raise ValueError(f"zeta: {self.zeta}; accepted are numbers of at least 0")
-        if self.probes is not None and (self.probes < 1 or int(self.probes) != self.probes):
+        if self.probes is not None and (type(self.probes) is not int or self.probes < 1):
             raise ValueError(f"probes: {self.probes}; accepted are whole numbers of at least 1, and None for all")
         if not 0 <= self.churn < math.inf:
             raise ValueError(f"churn: {self.churn}; accepted are numbers of at least 0")
+        if not isinstance(self.resampling, Resampling | None):
+            raise ValueError(f"resampling: {self.resampling!r}; accepted are Resampling(...) and None")
 
     def left(self, total: float) -> bool:
         """Whether a step's weight is taken at its beginning, for exponents of this sum."""
@@ -128,7 +131,7 @@ class WeightedPath:
         """Exponents at all levels; what the weight can and cannot be; how far a step climbs."""
         corrector, worst = self.corrector, (math.inf, 0.0, 0.0)
         self.climb = 1 + min(corrector.churn / (len(grid) - 1), 2**0.5 - 1)
-        for sigma in grid:
+        for sigma in grid[:-1] if grid[-1] == 0 else grid:  # the last step to 0 weighs nothing
             total = sum(self.target.exponents_at(sigma))
             zeta, traces = corrector.noise(total), corrector.traces(total)
             if self.target.varies and not traces and zeta != 1:
@@ -152,7 +155,8 @@ class WeightedPath:
         exponents = target.exponents_at(sigma)
         total = sum(exponents)
         traces, zeta = self.corrector.traces(total), self.corrector.noise(total)
-        by_term = target.varies and zeta != 1
+        climbs = self.climb > 1 and traces and abs(total - 1) > 1e-9  # with other noise than the model's
+        by_term = target.varies and (zeta != 1 or climbs)
         diverges = by_term or (traces and abs(total - 1) > 1e-9)
         steers = any(tilt.gradient for tilt in target.tilts)
         level = torch.tensor(sigma, dtype=x.dtype, device=x.device)
@@ -160,6 +164,9 @@ class WeightedPath:
             copies = len(exponents) if by_term else 1
             leaves = [x.detach().clone().requires_grad_(diverges or steers) for _ in range(copies)]
             predictions = target.predict([leaves[min(i, copies - 1)] for i in range(len(exponents))], level, self.cond)
+            for i, d in enumerate(predictions):
+                if d.shape != x.shape:
+                    raise ValueError(f"denoisers: number {i} gave {list(d.shape)} for x of {list(x.shape)}")
             if diverges or steers:
                 _check_derivatives(exponents, predictions, "form: 'trace'" if diverges else "gradient: True")
             mean = _weighted(exponents, predictions) / total
@@ -233,7 +240,7 @@ class WeightedPath:
         self, x: Tensor, found: Found, sigma: float, sigma_next: float, weighs: bool, last: bool
     ) -> tuple[Tensor, float, Found, Tensor, Tensor]:
         """One step down, and up again with churn unless it is the last: the particles, their level, what is known
-        there, the increments by the laws (0 if not `weighs`) and by the rewards."""
+        there, the increments by the laws (0 if not `weighs`), and those by rewards and by exponents that changed."""
         corrector, exponents = self.corrector, self.target.exponents_at(sigma)
         total = sum(exponents)
         moved, rewards = self._descend(x, found, sigma, sigma_next, total)
@@ -247,7 +254,8 @@ class WeightedPath:
         raised = sigma_next if last else min(sigma_next * self.climb, sigma)
         climbed, v, v_next = moved, sigma**2, sigma_next**2
         if raised > sigma_next:
-            noise = (raised**2 - v_next) / (total if corrector.traces(total) else 1.0)
+            upper = sum(self.target.exponents_at(raised))
+            noise = (raised**2 - v_next) / (upper if corrector.traces(upper) else 1.0)
             climbed = moved + noise**0.5 * normal_like(moved, self.generator)
         after = self.evaluate(climbed, raised)._replace(before=found.denoised, h_before=math.log(sigma / raised))
         rewards = rewards + after.tilt - found.tilt
@@ -259,8 +267,8 @@ class WeightedPath:
             logs = self._carried(found, after, x, moved, climbed, (sigma, sigma_next, raised))
             after = after._replace(logs=logs)
             changes = torch.tensor(self.target.exponents_at(raised)) - torch.tensor(exponents)
-            base = base + (changes.to(base)[:, None] * logs).sum(0)
-        return climbed, raised, after, base if weighs else torch.zeros_like(base), rewards
+            rewards = rewards + weighs * (changes.to(base)[:, None] * logs).sum(0)
+        return climbed, raised, after, base * float(weighs), rewards  # NaN stays NaN, and is raised
 
     def _descend(self, x: Tensor, found: Found, sigma: float, sigma_next: float, total: float) -> tuple[Tensor, Tensor]:
         """The particles at sigma_next, and what steering adds to their log-weights."""
@@ -298,8 +306,8 @@ class WeightedPath:
         Down: dL = <s, dx> - |s|^2 dv / 2 + (zeta^2 - 1) div s dv / 2. Up, with the scores at the upper end, the same
         with the other sign of zeta^2 - 1.
         """
-        total = sum(self.target.exponents_at(sigmas[0]))
-        zeta2, up = self.corrector.noise(total) ** 2, 1 / total if self.corrector.traces(total) else 1.0
+        total, upper = (sum(self.target.exponents_at(sigmas[k])) for k in (0, 2))
+        zeta2, up = self.corrector.noise(total) ** 2, 1 / upper if self.corrector.traces(upper) else 1.0
         v, v_next, v_raised = (sigma**2 for sigma in sigmas)
         logs = found.logs
         assert logs is not None
@@ -310,7 +318,8 @@ class WeightedPath:
             assert point.scores is not None
             s = point.scores.flatten(2)
             logs = logs + (s * dx.flatten(1)).sum(2).double() - 0.5 * dv * s.square().sum(2).double()
-            if point.divergences is not None:
+            if excess:
+                assert point.divergences is not None
                 logs = logs + 0.5 * excess * dv * point.divergences
         return logs
 

@@ -59,9 +59,11 @@ def test_evaluations_are_counted_on_the_network(pipeline: Path, choice: TargetCh
     rows: list[int] = []
     generator.teacher.denoiser.network.register_forward_hook(lambda module, inputs, output: rows.append(len(inputs[0])))
     generator(0, range(2))
-    terms = (2 if guidance == 2 else 1) * (2 if choice.name == "product" else 1)
+    terms = 2 if choice.name == "product" else 1
+    terms += 1 if guidance == 2 else 0  # without a class, asked once for all classes
+    products = 1 if choice.name != "guided" else 0  # a probe, or to steer
     assert sum(rows) / 2 == 3 * 3 * terms  # steps, particles
-    assert generator.nfe == 3 * 3 * terms * (3 if choice.name in ("annealed", "product") else 1)
+    assert generator.nfe == 3 * 3 * terms * (1 + 2 * products)
 
 
 def test_a_reward_makes_images_that_have_more_of_it(pipeline: Path) -> None:
@@ -88,6 +90,17 @@ def test_the_command_writes_pictures_and_says_what_became_of_the_particles(pipel
         (tmp_path / "grid.png").unlink()
 
 
+def test_a_reward_is_found_beside_the_user_and_its_errors_are_told(pipeline: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def bright(images, labels):\n    return images.mean((1, 2, 3))\n")
+    (tmp_path / "broken.py").write_text("def bright(:\n")
+    words = ("--target", "reward", "--steps", 2, "--n", 1, "--particles", 2, "--out", "grid.png")
+    result = distill("sample", pipeline, *words, "--reward", "mine:bright", cwd=tmp_path)
+    assert result.code == 0, result.err
+    assert_refused(
+        distill("sample", pipeline, *words, "--reward", "broken:bright", cwd=tmp_path), "reward", "SyntaxError"
+    )
+
+
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
@@ -102,6 +115,9 @@ def test_the_command_writes_pictures_and_says_what_became_of_the_particles(pipel
         (("--target", "reward", "--reward", "brightness"), ("reward", "MODULE:FUNCTION")),
         (("--target", "reward", "--reward", "no.such:thing"), ("reward", "no.such")),
         (("--target", "reward", "--reward", "math:pi"), ("reward", "not a function")),
+        (("--target", "reward", "--reward", ".tools:f"), ("reward", "MODULE:FUNCTION")),
+        (("--target", "annealed", "--sampler", "euler"), ("--sampler", "euler", "--target")),
+        (("--target", "product", "--classes", 3, 8, "--guidance", 0), ("guidance", "0", "product")),
         (("--target", "guided"), ("guidance", "1")),
         (("--target", "guided", "--guidance", "nan"), ("guidance", "nan")),
     ],

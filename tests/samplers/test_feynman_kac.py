@@ -575,3 +575,54 @@ def test_weights_without_a_finite_variance_are_warned_of_once_with_the_numbers()
         flat = replace(SCORE, zeta=0.0)
         for narrow in (annealed(FIRST, 0.5), geometric_average(FIRST, SECOND, 3.0)):
             next(feynman_kac(narrow, X, SIGMAS, generator=seeded(0), corrector=flat))
+
+
+def test_a_term_without_a_derivative_is_not_taken_for_zero() -> None:
+    class Blind:
+        @torch.no_grad()
+        def __call__(self, x: Tensor, sigma: Tensor, cond: Any = None) -> Tensor:
+            return SECOND(x, sigma)
+
+    refused("form: 'trace' needs denoisers that can be differentiated, and number 1", product([FIRST, Blind()]))
+
+
+def test_conditions_within_a_group_are_one() -> None:
+    def network(x: Tensor, sigma: Tensor, cond: Any = None) -> Tensor:
+        return FIRST(x, sigma)
+
+    labels = torch.arange(len(X))
+    refused("cond: differs within a group", geometric_average(FIRST, Conditioned(network, labels), 2.0))
+    with pytest.raises(ValueError, match="cond: differs within a group"):
+        next(feynman_kac(product([network]), X, SIGMAS, {"class_labels": labels}))
+
+
+def test_a_denoiser_is_no_target_and_answers_have_the_particles_shape() -> None:
+    with pytest.raises(ValueError, match="target: is a GaussianMixture; needed is a Target"):
+        next(feynman_kac(FIRST, X, SIGMAS))  # type: ignore[arg-type]
+    refused("denoisers: number 0 gave", product([lambda x, sigma, cond=None: FIRST(x, sigma)[:1]]))
+
+
+def test_a_change_of_exponents_is_not_clamped() -> None:
+    """A guidance interval: the whole change comes in one step, however many there are."""
+    target = geometric_average(SECOND, FIRST, lambda sigma: 2.5 if sigma < 0.5 else 1.0)
+    x = HIGH * torch.randn((200, 1), generator=seeded(3), dtype=torch.float64)
+    runs = []
+    for clamp in (None, 1e-6):
+        corrector = replace(PLAIN, resampling=Resampling(threshold=0.0, clamp=clamp))
+        runs.append(list(feynman_kac(target, x, SIGMAS, generator=seeded(4), corrector=corrector)))
+    jump = next(i for i, state in enumerate(runs[0]) if float(state.sigma) < 0.5)
+    gains = [states[jump].log_weights - states[jump - 1].log_weights for states in runs]
+    assert float(gains[1].std()) > 0.2
+
+
+def test_copies_that_no_noise_tells_apart_are_not_made() -> None:
+    x = HIGH * torch.randn((60, 1), generator=seeded(5), dtype=torch.float64)
+    sigmas = karras_sigmas(12, LOW, HIGH)
+    always = Resampling(threshold=1.0)
+    last = list(
+        feynman_kac(annealed(FIRST, 2.0), x, sigmas, generator=seeded(6), corrector=replace(TRACE, resampling=always))
+    )[-1]
+    assert not bool(last.particles.resampled.any())
+    still = replace(SCORE, zeta=0.0, resampling=always)
+    states = list(feynman_kac(annealed(FIRST, 0.5), x, sigmas, generator=seeded(6), corrector=still))
+    assert not any(bool(state.particles.resampled.any()) for state in states)

@@ -213,3 +213,25 @@ def test_the_rewards_of_a_run_sum_to_the_reward_of_its_samples() -> None:
         *_, state = feynman_kac(target, x, karras_sigmas(15, LOW, HIGH), generator=seeded(9), corrector=corrector)
         assert float(state.sigma) == 0
         torch.testing.assert_close(state.log_weights[0], 1.5 * bent(state.x), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.slow
+def test_a_power_that_falls_to_1_with_churn() -> None:
+    """The climb's noise is by the exponents at the level that it reaches, where they may sum to 1."""
+    target = annealed(FIRST, lambda sigma: 2.0 if sigma > 0.5 else 1.0)
+    corrector = Corrector(form="trace", probes=None, churn=4.0, resampling=BELOW_HALF)
+    assert max(deviations(run(target, corrector, steps=240, seed=8), quadrature(target, LOW), evidence=False)) < 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "target", [geometric_average(SECOND, FIRST, 2.0), annealed(FIRST, 2.0)], ids=["guided", "cold"]
+)
+def test_without_options_the_answer_is_nearer_than_without_weights(target: Target) -> None:
+    """The corrector that a user gets, which for guidance clamps: not exact, but nearer than what it corrects."""
+    truth = quadrature(target, LOW)
+    errors = []
+    for corrector in (Corrector(), Corrector(form="score", zeta=1.0, resampling=NEVER)):
+        found = estimates(run(target, corrector, steps=100, seed=9))
+        errors.append(abs(float(found.mean.mean()) - truth.mean) + abs(float(found.square.mean()) - truth.square))
+    assert errors[0] < 0.5 * errors[1]

@@ -160,12 +160,12 @@ def test_particles_are_not_resampled_outside_the_active_levels() -> None:
 
 
 def test_clamping_is_about_the_groups_mean_and_reports_the_weight_that_it_changed() -> None:
-    """Increments (0, 0, 0, 8) of mean 2, clamped to 2 +- 3: (0, 0, 0, 5), and the last had e^8 / (3 + e^8)."""
+    """Increments (0, 0, 0, 8) of mean 2, clamped to 2 +- 3: (0, 0, 0, 5): the last has less than e^8 / (3 + e^8)."""
     clamp = Resampling(clamp=3.0)
     change = torch.tensor([0.0, 0, 0, 8, 1, -1, 1, -1], dtype=torch.float64)
     after = Particles.begin(LogWeights.equal(2, 4), 9.0).weigh(change, clamp, 1.0)
     torch.testing.assert_close(after.weights.values, torch.tensor([[0.0, 0, 0, 5], [1, -1, 1, -1]]).double())
-    share = math.exp(8) / (3 + math.exp(8))
+    share = math.exp(8) / (3 + math.exp(8)) - math.exp(5) / (3 + math.exp(5))
     torch.testing.assert_close(after.clipped, torch.tensor([share, 0.0]).double())
     shifted = Particles.begin(LogWeights.equal(2, 4), 9.0).weigh(change + 100, clamp, 1.0)
     torch.testing.assert_close(shifted.weights.values, after.weights.values + 100)
@@ -176,7 +176,7 @@ def test_the_clipped_mass_is_by_the_weights_that_particles_have_and_is_of_the_la
     heavy = Particles.begin(LogWeights(torch.tensor([[5.0, 0, 0, 0]], dtype=torch.float64)), 9.0)
     after = heavy.weigh(torch.tensor([-3.0, 1, 1, 1]).double(), clamp, 1.0)
     torch.testing.assert_close(after.weights.values, torch.tensor([[4.0, 1, 1, 1]]).double())
-    share = math.exp(2) / (math.exp(2) + 3 * math.e)  # of the weights 5 - 3 and 0 + 1, had they not been clamped
+    share = math.exp(4) / (math.exp(4) + 3 * math.e) - math.exp(2) / (math.exp(2) + 3 * math.e)  # 5 - 1, not 5 - 3
     torch.testing.assert_close(after.clipped, torch.tensor([share]).double())
     later = after.weigh(torch.tensor([0.1, 0, 0, 0]).double(), clamp, 1.0)
     assert later.clipped.tolist() == [0]
