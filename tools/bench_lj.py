@@ -229,10 +229,11 @@ def scores(y: Tensor, reference: Tensor, weights: Tensor | None = None) -> dict[
     some = reference[:: max(1, len(reference) // 10_000)].double()
     per_pair = (weights[:, None] / between.shape[1]).expand_as(between).flatten()
     inside = energy <= known.max()
+    within = float(weights[inside].sum())
     row = {"above": float(weights[~inside].sum())}
     row["distance_w2"] = wasserstein(between.flatten(), distances(some).flatten(), 2, per_pair)
-    if row["above"] < 1:
-        energy, weights = energy[inside], weights[inside] / weights[inside].sum()
+    if within > 0:
+        energy, weights = energy[inside], weights[inside] / within
         row |= {f"energy_w{p}": wasserstein(energy, known, p, weights) for p in (1, 2)}
         row["energy"] = float((weights * energy).sum())
     return row

@@ -174,6 +174,20 @@ def test_annealing_a_trap_cools_it_and_only_with_the_weights_by_as_much_as_asked
         assert variance == pytest.approx(0.8, rel=0.15)
 
 
+def test_energies_above_the_reference_are_counted_and_left_out() -> None:
+    reference = some(200)
+    overlapping = reference[:20].clone()
+    overlapping[:, 1] = overlapping[:, 0] / 3**0.5  # two particles all but in one place
+    assert bool((lj.lennard_jones(overlapping)[0] > lj.lennard_jones(reference)[0].max()).all())
+    row = bench_lj.scores(torch.cat([reference, overlapping]), reference)
+    assert row["above"] == pytest.approx(20 / 220)
+    assert row["energy_w2"] == pytest.approx(0, abs=1e-4)
+    assert row["distance_w2"] > 0.01
+    alone = bench_lj.scores(overlapping, reference, torch.full((20,), 1 / 20))
+    assert alone["above"] == pytest.approx(1)
+    assert alone.keys() == {"above", "distance_w2"}
+
+
 def test_a_run_anneals_from_the_temperature_of_its_denoiser_to_that_of_its_reference(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     samples = {t: t**0.5 * torch.randn(4000, 3, 3, generator=generator) for t in (2.0, 0.8)}
