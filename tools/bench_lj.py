@@ -61,9 +61,12 @@ class Arm:
     form: Literal["score", "trace"]
     tempered: bool
     threshold: float | None
+    ours: bool = False
 
     def corrector(self, beta: float) -> Corrector:
-        """Euler-Maruyama and weights at a step's beginning, as published."""
+        """Euler-Maruyama and weights at a step's beginning, as published; or what a user gets without options."""
+        if self.ours:
+            return Corrector()
         return Corrector(
             form=self.form,
             zeta=beta**-0.5 if self.tempered else 1.0,
@@ -81,6 +84,7 @@ ARMS = (
     Arm("target score, weights, resampled every step", "score", False, 1.0),
     Arm("tempered noise, weights, resampled every step", "score", True, 1.0),
     Arm("trace form, one probe, resampled at ESS 1/2", "trace", True, 0.5),
+    Arm("without options: the trace form, multistep", "trace", True, 0.5, ours=True),
 )
 # Distance W2, energy W1, energy W2, mean and standard deviation of three seeds.
 PUBLISHED = {
