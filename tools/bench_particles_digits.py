@@ -192,7 +192,7 @@ def cost_tables(repeats: int = 7) -> str:
         up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
     ).eval().requires_grad_(False)  # fmt: skip
     denoiser = denoiser_from(network, DDPMScheduler())
-    labels, null = torch.arange(8), torch.tensor([10])
+    labels, null = torch.full((8,), 3), torch.tensor([10])
     x, sigmas = 10 * torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0)), karras_sigmas(3, 0.1, 10.0)
     guided = Guided(denoiser, 3.0, 10)
     target = geometric_average(Conditioned(denoiser, null), denoiser, 3.0)

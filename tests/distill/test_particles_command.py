@@ -74,6 +74,7 @@ def test_a_reward_makes_images_that_have_more_of_it(pipeline: Path) -> None:
     assert gain.mean() > 4 * gain.std() / 20**0.5
 
 
+@pytest.mark.slow
 def test_the_command_writes_pictures_and_says_what_became_of_the_particles(pipeline: Path, tmp_path: Path) -> None:
     for words in (
         ("--target", "annealed", "--beta", 2),

@@ -137,6 +137,7 @@ def test_all_the_mass_on_the_first_or_the_last_particle(scheme: Resampler, k: in
             assert bool((scheme(log_weights, Constant(k, u)) == place).all())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RESAMPLERS)
 def test_4096_particles_have_the_bounds_of_their_scheme(name: str) -> None:
     equal = torch.full((1, 4096), -3.0, dtype=torch.float64)

@@ -197,6 +197,7 @@ def test_a_run_anneals_from_the_temperature_of_its_denoiser_to_that_of_its_refer
     assert row["distance_w2"] < 0.1 * apart
 
 
+@pytest.mark.slow
 def test_the_table_is_made_from_nothing_and_again_from_what_is_kept(tmp_path: Path) -> None:
     tiny = bench_lj.Settings(ladders=4, tempering=80, burn_in=40, hidden=8, training=3, batch=8, particles=16, steps=6)
     table = bench_lj.lj_table(tmp_path, [0, 1], tiny)
