@@ -61,7 +61,7 @@ class TargetChoice:
     def __post_init__(self) -> None:
         if not 0 < self.beta < math.inf:
             raise ValueError(f"beta: {self.beta}; accepted are positive numbers")
-        if self.particles < 1:
+        if type(self.particles) is not int or self.particles < 1:
             raise ValueError(f"particles: {self.particles}; accepted are whole numbers of at least 1")
         if self.name == "product" and len(self.classes) < 2:
             raise ValueError(f"classes: {list(self.classes)}; a product needs at least two")
@@ -145,6 +145,8 @@ class ParticleGenerator:
 
     def __call__(self, seed: int, indices: Sequence[int], labels: Tensor | None = None) -> Tensor:
         """Images [B, C, H, W], nominally in [-1, 1], on the CPU. labels [B]: instead of the balanced ones."""
+        if not len(indices):
+            raise ValueError("indices: there are none")
         labels = self.labels(indices) if labels is None else labels
         at_once = max(1, _AT_ONCE // self.choice.particles)
         batches = [slice(i, i + at_once) for i in range(0, len(indices), at_once)]

@@ -133,6 +133,9 @@ def product(denoisers: Sequence[Denoiser | Target], exponents: Sequence[Exponent
     powers: Sequence[Exponent] = [1.0] * len(denoisers) if exponents is None else exponents
     if not denoisers or len(powers) != len(denoisers):
         raise ValueError(f"exponents: are {len(powers)}; needed is one for each of {len(denoisers)} denoisers")
+    for b in powers:
+        if not callable(b) and not isinstance(b, int | float):
+            raise ValueError(f"exponents: {b!r}; accepted are numbers, and functions of sigma that give them")
     parts = [
         f if isinstance(f, Target) else Target((f,), (1.0,))
         for f in denoisers  # a factor as a target of its own

@@ -89,7 +89,7 @@ def log_probability(images: Tensor, labels: Tensor | None) -> Tensor:
     """
     if labels is None:
         raise ValueError("labels: are None; the reward is the log-probability of a class")
-    return _shipped()(images).log_softmax(1).gather(1, labels[:, None])[:, 0]
+    return _shipped().to(images.device)(images).log_softmax(1).gather(1, labels[:, None])[:, 0]
 
 
 def train(

@@ -1,6 +1,7 @@
 """Targets: their exponents, how targets make new ones, and what of a target is one batch of a network."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -228,3 +229,9 @@ def test_rewards_of_another_shape_and_rewards_that_are_no_numbers_are_refused(re
     x = torch.tensor([[3.0], [0.0], [1.0]], dtype=torch.float64)
     with pytest.raises(ValueError, match=message):
         Tilt(reward, 1.0)(x, 1.5)
+
+
+@pytest.mark.parametrize("beta", ["2", None, torch.tensor([2.0])])
+def test_exponents_are_numbers_or_functions(beta: Any) -> None:
+    with pytest.raises(ValueError, match="exponents: "):
+        annealed(FIRST, beta)
