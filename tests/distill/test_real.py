@@ -273,6 +273,7 @@ def contents(cache: Path) -> dict[str, bytes]:
 REAL = {"name": "teacher", "count": 4 * CHUNK - 5, "sampler": "euler", "steps": 3}
 
 
+@pytest.mark.slow
 def test_killed_while_samples_are_made_it_goes_on_where_it_stopped(place: Path) -> None:
     config = write_config(place, TRAIN, steps=1, real=REAL)
     command = ("train", "--config", config, "--real.cache")

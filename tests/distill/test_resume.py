@@ -113,6 +113,7 @@ def test_a_finished_run_can_be_resumed_and_longer_ones_refused(place: Path) -> N
     assert_same(place / "student", place / "before")
 
 
+@pytest.mark.slow
 def test_what_is_logged_does_not_change_what_is_learned(place: Path) -> None:
     config = write_config(place, TRAIN)
     runs = {"often": (1, 1, 1), "seldom": (4, 5, 6)}
