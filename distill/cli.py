@@ -14,7 +14,7 @@ from functools import partial
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
@@ -23,9 +23,6 @@ from pydantic import ValidationError
 from distill.config import COMMANDS, FitGaussian, Train
 from distill.progress import Progress, is_first
 from distill.sections import SolverName, TargetName
-
-if TYPE_CHECKING:
-    from distill.particles import TargetChoice
 
 _DESCRIPTION = """One-step students of diffusion models.
 
@@ -252,67 +249,10 @@ def _degrade(values: dict[str, object], resume: bool) -> None:
 
 def _sample(arguments: Namespace) -> None:
     """`distill sample`."""
-    if arguments.n < 1 or arguments.steps < 1:
-        raise ValueError(f"--n, --steps: {arguments.n}, {arguments.steps}; both must be at least 1")
-    out = Path(arguments.out)
-    if out.suffix.lower() != ".png":
-        raise ValueError(f"--out: {out} is not named .png")
+    from distill.sample import sample
 
-    import torch
-
-    from distill.generate import ImageGenerator, load_generator
-    from distill.particles import ParticleGenerator, load_particle_generator
-    from distill.pictures import save_grid, side_by_side
-
-    choice, grids = _target(arguments), []
-    for name, path in (_named(source) for source in arguments.sources):
-        steps, guidance, device = arguments.steps, arguments.guidance, arguments.device
-        generator: ImageGenerator | ParticleGenerator
-        if choice is None:
-            generator = load_generator(path, arguments.sampler or "heun", steps, guidance, device)
-        else:
-            generator = load_particle_generator(path, choice, steps, guidance, device)
-        batches = [range(k, min(k + 500, arguments.n)) for k in range(0, arguments.n, 500)]
-        grids.append((f"{name}, {generator.nfe} NFE", torch.cat([generator(arguments.seed, b) for b in batches])))
-        if isinstance(generator, ParticleGenerator) and generator.choice.particles > 1:
-            _say(f"{name}: {generator.report}")
-    if len(grids) == 1:
-        save_grid(grids[0][1], out)
-    else:
-        side_by_side(grids, out)
-    _say(f"{out}: {arguments.n} samples each of {', '.join(title for title, _ in grids)}")
-
-
-def _target(arguments: Namespace) -> "TargetChoice | None":
-    """What the options of a corrector ask for; None without --target, which every other option needs."""
-    names = ("particles", "beta", "classes", "reward", "scale")
-    given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
-    if arguments.steer:
-        given["steer"] = True
-    if arguments.target is None:
-        if given:
-            raise ValueError(f"--{next(iter(given))}: is for --target guided, annealed, product or reward")
-        return None
-    if arguments.sampler is not None:
-        raise ValueError(f"--sampler: {arguments.sampler} is not for --target, whose particles have steps of their own")
-    uses = {"guided": (), "annealed": ("beta",), "product": ("beta", "classes"), "reward": ("reward", "scale", "steer")}
-    for name in given:
-        if name not in ("particles", *uses[arguments.target]):
-            raise ValueError(f"--{name}: is not for --target {arguments.target}")
-
-    from distill.particles import TargetChoice, import_reward
-
-    if "reward" in given:
-        given["reward"] = import_reward(given["reward"])
-    if "classes" in given:
-        given["classes"] = tuple(given["classes"])
-    return TargetChoice(arguments.target, **given)
-
-
-def _named(source: str) -> tuple[str, str]:
-    """NAME=PATH, or a path that is named after its last part."""
-    name, equals, path = source.partition("=")
-    return (name, path) if equals and not Path(source).exists() else (Path(source).name, source)
+    for line in sample(arguments):
+        _say(line)
 
 
 def _export(arguments: Namespace) -> None:

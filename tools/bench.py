@@ -13,6 +13,7 @@ from tools.bench_digits import compare, digits, digits_table
 from tools.bench_disback import ARMS, SETTINGS, SHORT, make
 from tools.bench_disback_report import draw, mismatch_table
 from tools.bench_disback_report import table as disback_table
+from tools.bench_forty import forty_table
 from tools.bench_gaussian import gaussian_tables
 from tools.bench_lj import lj_table
 from tools.bench_optimum import draw_optima, optimum_rows, optimum_table, ratio_table
@@ -87,7 +88,15 @@ def _teleport(folder: Path, seeds: list[int]) -> str:
 
 def _particles(folder: Path) -> str:
     pictures = f"picture: {folder}/particles/particles-digits.png\n"
-    return "\n".join([particles_tables(), digits_particles(folder / "particles", folder), cost_tables(), pictures])
+    return "\n".join(
+        [
+            particles_tables(),
+            forty_table(3, 2048),
+            digits_particles(folder / "particles", folder),
+            cost_tables(),
+            pictures,
+        ]
+    )
 
 
 def _digits(folder: Path, seeds: list[int]) -> str:

@@ -60,7 +60,7 @@ def test_the_error_of_the_modes_shares() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*lines(), *planes()])
-@pytest.mark.parametrize("steps", [50, 200])
+@pytest.mark.parametrize("steps", [50, 100, 200])
 def test_without_options_no_target_is_worse_than_naive_score_scaling(name: str, steps: int) -> None:
     law = {**lines(), **planes()}[name]
     errors = {}
