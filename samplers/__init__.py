@@ -6,7 +6,8 @@ solvers    euler, heun, ancestral, dpmpp_2m, gaussian_exponential: generators of
 gaussian   Gaussian: denoiser and probability-flow ODE in closed form; moments fits it to a stream of data
 skip       how far down a Gaussian may carry a sample, certified (integral: by a network; bound: from data alone)
 jump       teleported: a solver that begins there
-pipelines  teleport: the same in diffusers pipelines (teleport_scheduler, teleport_checks, network_hook)
+pipelines  teleport: the same in diffusers pipelines (teleport_scheduler, teleport_checks, and
+           what guidance has too: live_scheduler, network_hook)
 feynman_kac  weighted particles that sample powers, products and tilts of denoisers' laws exactly (targets,
            weighted_path, particles, resampling); start: where they begin; diagnosis: whether to trust them
 guidance   feynman_kac_guidance: corrected guidance in diffusers pipelines (weighing_scheduler, guidance_checks)

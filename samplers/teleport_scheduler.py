@@ -19,6 +19,7 @@ from torch import Tensor
 
 from samplers.adapters import coordinates_of
 from samplers.gaussian import PATHS, Gaussian, Mode
+from samplers.live_scheduler import LiveScheduler
 
 # The path on which a scheduler's states lie, and whether a step looks back at the steps before it.
 SCHEDULERS: dict[str, tuple[str, bool]] = {
@@ -108,7 +109,7 @@ def grid_of(scheduler: Any, sigma_skip: float) -> Grid:
     return Grid(scheduler.timesteps, sigmas, starts, landing)
 
 
-class JumpingScheduler:
+class JumpingScheduler(LiveScheduler):
     """A scheduler made to jump, from `attach` to `detach`; `grid` and `predictions` tell of the last run.
 
     begun: called when a run begins. opened: the pipeline's latents -> the state [B, *gaussian.shape] and its class
@@ -127,25 +128,17 @@ class JumpingScheduler:
         opened: Callable[[Tensor], tuple[Tensor, Tensor | None]],
         closed: Callable[[Tensor], Tensor],
     ) -> None:
-        self.scheduler, self.gaussian, self.sigma_skip, self.mode = scheduler, gaussian, sigma_skip, mode
-        self.stock = type(scheduler)
+        super().__init__(scheduler)
+        self.gaussian, self.sigma_skip, self.mode = gaussian, sigma_skip, mode
         self.grid: Grid | None = None
         self.pending, self.predictions = False, 0
         self._begun, self._opened, self._closed = begun, opened, closed
-        self._keys: set[str] = set()
-
-    def attach(self) -> None:
-        """Give the scheduler its subclass."""
-        self._keys = set(vars(self.scheduler))
-        self.scheduler.__class__ = self._subclass()
 
     def detach(self) -> None:
         """Give the scheduler its class back, the whole grid, and no attribute that it did not have."""
-        self.scheduler.__class__ = self.stock
         if self.grid is not None:
             self.scheduler.timesteps = self.grid.timesteps
-        for name in vars(self.scheduler).keys() - self._keys:
-            delattr(self.scheduler, name)
+        super().detach()
         self.pending = False
 
     def _subclass(self) -> type:
@@ -182,9 +175,7 @@ class JumpingScheduler:
 
             members["scale_model_input"] = scale_model_input
 
-        # Under the stock class's name, so that what a pipeline saves is what it always saves.
-        members |= {"__module__": stock.__module__, "__qualname__": stock.__qualname__, "__doc__": stock.__doc__}
-        return type(stock.__name__, (stock,), members)
+        return self._named(members)
 
     @contextmanager
     def _whole_grid(self) -> Iterator[None]:

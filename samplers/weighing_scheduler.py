@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from samplers.live_scheduler import LiveScheduler
 from samplers.teleport_scheduler import noise_levels, path_of
 
 SCHEDULERS = (
@@ -85,7 +86,7 @@ def levels_of(scheduler: Any) -> list[float]:
     return [*noise_levels(scheduler).tolist(), last]
 
 
-class WeighingScheduler:
+class WeighingScheduler(LiveScheduler):
     """A scheduler that asks before every step which particles to step from, from `attach` to `detach`.
 
     begun: called when a run's timesteps are set. before: (step, the step's arguments by name) -> rows of sample and
@@ -99,22 +100,10 @@ class WeighingScheduler:
         before: Callable[[int, dict[str, Any]], Tensor | None],
         after: Callable[[int, Tensor], None],
     ) -> None:
-        self.scheduler, self.stock = scheduler, type(scheduler)
+        super().__init__(scheduler)
         self.levels: list[float] = []
         self._begun, self._before, self._after = begun, before, after
         self._steps = 0
-        self._keys: set[str] = set()
-
-    def attach(self) -> None:
-        """Give the scheduler its subclass."""
-        self._keys = set(vars(self.scheduler))
-        self.scheduler.__class__ = self._subclass()
-
-    def detach(self) -> None:
-        """Give the scheduler its class back, and no attribute that it did not have."""
-        self.scheduler.__class__ = self.stock
-        for name in vars(self.scheduler).keys() - self._keys:
-            delattr(self.scheduler, name)
 
     def _subclass(self) -> type:
         stock, weighing = self.stock, self
@@ -133,10 +122,7 @@ class WeighingScheduler:
                 return stock.step(scheduler, *args, **kwargs)
             return weighing._step(signature.bind(scheduler, *args, **kwargs))
 
-        # Under the stock class's name, so that what a pipeline saves is what it always saves.
-        members: dict[str, Any] = {"set_timesteps": set_timesteps, "step": step, "_weighs": True}
-        members |= {"__module__": stock.__module__, "__qualname__": stock.__qualname__, "__doc__": stock.__doc__}
-        return type(stock.__name__, (stock,), members)
+        return self._named({"set_timesteps": set_timesteps, "step": step, "_weighs": True})
 
     def _step(self, call: inspect.BoundArguments) -> Any:
         k, given = self._steps, call.arguments

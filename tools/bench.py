@@ -87,16 +87,9 @@ def _teleport(folder: Path, seeds: list[int]) -> str:
 
 
 def _particles(folder: Path) -> str:
+    exact = [particles_tables(), forty_table(3, 2048)]
     pictures = f"picture: {folder}/particles/particles-digits.png\n"
-    return "\n".join(
-        [
-            particles_tables(),
-            forty_table(3, 2048),
-            digits_particles(folder / "particles", folder),
-            cost_tables(),
-            pictures,
-        ]
-    )
+    return "\n".join([*exact, digits_particles(folder / "particles", folder), cost_tables(), pictures])
 
 
 def _digits(folder: Path, seeds: list[int]) -> str:
