@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from tools.digits_classifier import DigitsClassifier as DigitsClassifier
     from tools.features import EXTRACTORS as EXTRACTORS
     from tools.features import Features as Features
+    from tools.frechet import frechet_distance as frechet_distance
     from tools.metrics import class_entropy as class_entropy
-    from tools.metrics import frechet_distance as frechet_distance
     from tools.metrics import precision_recall as precision_recall
     from tools.scores import Reference as Reference
     from tools.scores import score as score
@@ -32,7 +32,7 @@ _HOMES = {
     "Features": "tools.features",
     "Reference": "tools.scores",
     "class_entropy": "tools.metrics",
-    "frechet_distance": "tools.metrics",
+    "frechet_distance": "tools.frechet",
     "precision_recall": "tools.metrics",
     "score": "tools.scores",
 }

@@ -36,7 +36,7 @@ from distill.trainer import Trainer, train, unweighted
 from samplers import GaussianMixture, NetworkDenoiser, SampleNoise
 from samplers.atomic import atomic_write
 from tools.bench_toys import BatchShare
-from tools.metrics import frechet_distance
+from tools.frechet import frechet_distance
 from tools.modes import sliced_wasserstein
 from tools.statistics import FeatureStatistics
 

@@ -7,24 +7,10 @@ Precision and recall: Kynkäänniemi et al. 2019, "Improved precision and recall
 import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from scipy.linalg import lapack
 from torch import Tensor
 
-from tools.statistics import FeatureStatistics
-
 DISTANCE_BLOCK = 1024  # rows of a distance matrix held at once
-
-
-@dataclass(frozen=True)
-class FrechetDistance:
-    """`value` = `mean_term` + `trace_term`: |mu1 - mu2|^2 and tr S1 + tr S2 - 2 tr (S1 S2)^1/2."""
-
-    value: float
-    mean_term: float
-    trace_term: float
 
 
 @dataclass(frozen=True)
@@ -33,58 +19,6 @@ class PrecisionRecall:
 
     precision: float
     recall: float
-
-
-def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> FrechetDistance:
-    """The squared 2-Wasserstein distance of the two Gaussians with these means and covariances; never negative.
-
-    tr (S1 S2)^1/2 is the nuclear norm of A^T B for any factors A A^T = S1, B B^T = S2; here the sum of the roots of
-    the eigenvalues of A^T S2 A, with A the pivoted Cholesky factor of the covariance of lower rank. The product
-    S1 S2 is never formed: its square root is where complex and negative distances come from. Equal statistics
-    give exactly 0; otherwise rounding is about 1e-14 of the traces, and a trace term below 0 by that much is 0.
-
-    Raises ValueError for unequal dim, fewer than two rows, or values that are not finite.
-    """
-    if a.dim != b.dim:
-        raise ValueError(f"dim: statistics of {a.dim} and of {b.dim} features have no distance")
-    mean_term = float((a.mean - b.mean).square().sum())
-    trace_term = _trace_term(a.covariance, b.covariance)
-    if not math.isfinite(mean_term + trace_term):
-        raise ValueError("distance: not finite; the features are too large for float64 squares (up to 1e150)")
-    return FrechetDistance(mean_term + trace_term, mean_term, trace_term)
-
-
-def _trace_term(a: Tensor, b: Tensor) -> float:
-    if torch.equal(a, b):
-        return 0.0
-
-    # Even powers of two: exact, and features of scale 1e-100 or 1e80 survive being multiplied four times.
-    shift_a, shift_b = _even_exponent(a), _even_exponent(b)
-    a, b = a * math.ldexp(1, -shift_a), b * math.ldexp(1, -shift_b)
-
-    outer, inner = _factor(a), b
-    other = _factor(b)
-    if other.shape[1] < outer.shape[1]:  # the other way round costs half the digits
-        outer, inner = other, a
-
-    product = outer.T @ inner @ outer
-    eigenvalues = torch.linalg.eigvalsh((product + product.T) / 2)
-    root = float(eigenvalues.clamp(min=0).sqrt().sum())
-    cross = math.ldexp(root, (shift_a + shift_b) // 2)
-    traces = math.ldexp(float(a.trace()), shift_a) + math.ldexp(float(b.trace()), shift_b)
-    return max(traces - 2 * cross, 0.0)
-
-
-def _even_exponent(covariance: Tensor) -> int:
-    return 2 * (math.frexp(float(covariance.diagonal().max()))[1] // 2)
-
-
-def _factor(covariance: Tensor) -> Tensor:
-    """A [d, rank] with A A^T = covariance: Cholesky with complete pivoting, which finds the rank (LAPACK dpstrf)."""
-    factor, pivots, rank, _ = lapack.dpstrf(covariance.numpy(), lower=1)
-    rows: NDArray[np.float64] = np.empty((len(pivots), rank))
-    rows[pivots - 1] = np.tril(factor)[:, :rank]
-    return torch.from_numpy(rows)
 
 
 def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> PrecisionRecall:

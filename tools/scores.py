@@ -15,7 +15,8 @@ from torch import Tensor
 
 from tools.digits_classifier import N_CLASSES, DigitsClassifier
 from tools.features import EXTRACTORS, Features, dequantise, quantise
-from tools.metrics import class_entropy, frechet_distance, precision_recall
+from tools.frechet import frechet_distance
+from tools.metrics import class_entropy, precision_recall
 from tools.statistics import FeatureStatistics
 
 BATCH = 500  # images whose features are computed at once

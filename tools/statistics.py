@@ -1,10 +1,11 @@
 """Mean and covariance of a stream of features, in float64.
 
 Rows are folded in blocks of 512, rows 0-511, 512-1023, ... of the stream, whatever batches they came in: one
-rank-512 update is far cheaper than eight of 64, and the result has the same bits for every way to cut the stream.
-Each block is centred on its own mean and joined by the pairwise update of Chan, Golub and LeVeque, "Algorithms for
-computing the sample variance" (1983), eq. 2.1, so a mean of 1e5 standard deviations costs no digits that matter.
-Files are `.npz` with `mu` and `sigma`, as clean-fid, pytorch-fid and EDM write them, and `n` besides.
+rank-512 update in place is far cheaper than eight of 64, and the result has the same bits for every way to cut the
+stream. They are centred on the mean of the first block, and streams are merged by the pairwise update of Chan, Golub
+and LeVeque, "Algorithms for computing the sample variance" (1983), eq. 2.1: a mean of 1e5 standard deviations costs no
+digits that matter. Files are `.npz` with `mu` and `sigma`, as clean-fid, pytorch-fid and EDM write them, and `n` and
+`extractor` besides.
 """
 
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from zipfile import BadZipFile
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.linalg import blas
 from torch import Tensor
 
 from samplers.atomic import atomic_write
@@ -31,21 +33,44 @@ class _Moments:
     covariance: Float64
 
 
+class _Stream:
+    """Sums over full blocks, about the mean of the first: count, sum of x - shift [d], its products [d, d]."""
+
+    def __init__(self, first: Float64) -> None:
+        self.count, self.shift = 0, first.mean(axis=0)
+        self.total = np.zeros(len(self.shift))
+        self.products: Float64 = np.zeros((len(self.shift), len(self.shift)), order="F")  # lower triangle
+
+    def add(self, rows: Float64) -> None:
+        rows -= self.shift
+        self.count += len(rows)
+        self.total += rows.sum(axis=0)
+        self.products = blas.dsyrk(1.0, rows.T, beta=1.0, c=self.products, lower=1, overwrite_c=1)
+
+    def moments(self) -> _Moments:
+        offset = self.total / self.count
+        with np.errstate(over="ignore", invalid="ignore"):  # `covariance` names the overflow
+            scatter = self.products - np.outer(offset, offset) * self.count
+        scatter = np.tril(scatter) + np.tril(scatter, -1).T
+        return _Moments(self.count, self.shift + offset, scatter / max(self.count - 1, 1))
+
+
 class FeatureStatistics:
     """Count, mean and unbiased covariance of features [N, dim] that arrive in batches.
 
-    Bits: they depend on the order of the rows only, not on how `update` calls cut them. `merge` folds what is
+    extractor: the name of what made the features, kept in files; statistics of two extractors have no distance. Bits: they depend on the order of the rows only, not on how `update` calls cut them. `merge` folds what is
     pending, so a.merge(b) equals b.merge(a) to the bit, while other groupings agree to rounding (1e-15 or so). For the
     same bits on any number of processes, make one object per fixed chunk of samples and merge them in chunk order.
 
     Raises ValueError for dim < 1.
     """
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, extractor: str | None = None) -> None:
         if dim < 1:
             raise ValueError(f"dim: {dim} is not a number of features (1 or more)")
-        self.dim = dim
-        self._folded: _Moments | None = None
+        self.dim, self.extractor = dim, extractor
+        self._merged: _Moments | None = None  # of other streams, or of this one before a merge
+        self._stream: _Stream | None = None
         self._pending: Float64 = np.empty((BLOCK, dim))
         self._rows = 0  # of _pending that are filled
 
@@ -64,21 +89,31 @@ class FeatureStatistics:
             self._rows += len(taken)
             rows = rows[len(taken) :]
             if self._rows == BLOCK:
-                self._fold()
+                self._stream = self._stream or _Stream(self._pending)
+                self._stream.add(self._pending)
+                self._rows = 0
 
     def merge(self, other: "FeatureStatistics") -> None:
         """Add the rows that `other` has seen, which itself stays as it is.
 
-        Raises ValueError for another dim, and when either side was loaded without its count.
+        Raises ValueError for another dim or extractor, and when either side was loaded without its count.
         """
         if other.dim != self.dim:
             raise ValueError(f"dim: cannot merge statistics of {other.dim} features into {self.dim}")
+        if self.extractor and other.extractor and other.extractor != self.extractor:
+            raise ValueError(f"extractor: cannot merge statistics of {other.extractor} into {self.extractor}")
         self._known_count("merge")
         other._known_count("merge")
 
-        theirs = other._moments()
-        self._fold()
-        self._folded = _join(self._folded, theirs)
+        self._merged = _join(self._moments(), other._moments())
+        self._stream, self._rows = None, 0
+        self.extractor = self.extractor or other.extractor
+
+    def copy(self) -> "FeatureStatistics":
+        """The same rows in an object of its own."""
+        twin = FeatureStatistics(self.dim, self.extractor)
+        twin._merged = self._moments()
+        return twin
 
     @property
     def count(self) -> int | None:
@@ -108,10 +143,12 @@ class FeatureStatistics:
         return torch.from_numpy(moments.covariance.copy())
 
     def save(self, path: str | Path) -> None:
-        """Write `mu` [dim], `sigma` [dim, dim] and `n` to a `.npz` file, whole or not at all."""
+        """Write `mu` [dim], `sigma` [dim, dim], `n` and `extractor` to a `.npz` file, whole or not at all."""
         arrays = {"mu": self.mean.numpy(), "sigma": self.covariance.numpy()}
         if self.count is not None:
             arrays["n"] = np.asarray(self.count, dtype=np.int64)
+        if self.extractor is not None:
+            arrays["extractor"] = np.asarray(self.extractor)
         with atomic_write(path) as file:
             np.savez(file, allow_pickle=False, **arrays)
 
@@ -126,6 +163,7 @@ class FeatureStatistics:
             with np.load(path, allow_pickle=False) as file:
                 mean, sigma = (np.asarray(file[key], dtype=np.float64) for key in ("mu", "sigma"))
                 count = int(file["n"]) if "n" in file.files else None
+                extractor = str(file["extractor"]) if "extractor" in file.files else None
         except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, BadZipFile) as error:
             raise ValueError(f"statistics: {path} is not an .npz with mu and sigma ({_one_line(error)})") from error
 
@@ -138,21 +176,20 @@ class FeatureStatistics:
         if count is not None and count < 2:
             raise ValueError(f"statistics: {path} has n = {count} (2 or more)")
 
-        statistics = cls(len(mean))
-        statistics._folded = _Moments(count, mean, sigma / 2 + sigma.T / 2)
+        statistics = cls(len(mean), extractor)
+        statistics._merged = _Moments(count, mean, sigma / 2 + sigma.T / 2)
         return statistics
 
     def _known_count(self, what: str) -> None:
-        if self._folded is not None and self._folded.count is None:
+        if self._merged is not None and self._merged.count is None:
             raise ValueError(f"count: cannot {what} statistics that were loaded from a file without n")
 
     def _moments(self) -> _Moments | None:
         """Everything seen so far, without touching the pending rows: reading does not move the blocks."""
-        return _join(self._folded, _block_moments(self._pending[: self._rows])) if self._rows else self._folded
-
-    def _fold(self) -> None:
-        self._folded = self._moments()
-        self._rows = 0
+        moments = self._merged
+        if self._stream is not None:
+            moments = _join(moments, self._stream.moments())
+        return _join(moments, _block_moments(self._pending[: self._rows])) if self._rows else moments
 
 
 def _rows(features: Tensor | NDArray, dim: int) -> Float64:
@@ -162,9 +199,11 @@ def _rows(features: Tensor | NDArray, dim: int) -> Float64:
     if tensor.is_complex():
         raise ValueError(f"features: dtype {tensor.dtype} is not real")
     rows: Float64 = tensor.detach().to("cpu", torch.float64).numpy()
-    bad = int((~np.isfinite(rows).all(axis=1)).sum())
-    if bad:
-        raise ValueError(f"features: {bad} of {len(rows)} rows have NaN or infinite values")
+    if not np.isfinite(rows.sum()):  # one pass; a sum may overflow where no row is bad
+        bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
+        if len(bad):
+            shown = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
+            raise ValueError(f"features: {len(bad)} of {len(rows)} rows have NaN or infinite values (rows {shown})")
     return rows
 
 

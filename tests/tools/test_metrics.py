@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tools.metrics import class_entropy, frechet_distance, precision_recall
+from tools.frechet import frechet_distance
+from tools.metrics import class_entropy, precision_recall
 from tools.statistics import FeatureStatistics
 
 
