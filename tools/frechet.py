@@ -73,7 +73,7 @@ def frechet_estimate(features: Tensor, reference: FeatureStatistics, blocks: Ten
 
 
 def _all_and_all_but_one(parts: list[FeatureStatistics]) -> Iterator[FeatureStatistics]:
-    """The statistics of all parts together, then of all but each: from running merges of what comes before and after."""
+    """The statistics of all parts together, then of all but each, from running merges of those before and after it."""
     after = [FeatureStatistics(parts[0].dim)]
     for part in reversed(parts):
         after.append(after[-1].copy())

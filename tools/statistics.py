@@ -9,6 +9,7 @@ digits that matter. Files are `.npz` with `mu` and `sigma`, as clean-fid, pytorc
 """
 
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from zipfile import BadZipFile
 
@@ -58,9 +59,10 @@ class _Stream:
 class FeatureStatistics:
     """Count, mean and unbiased covariance of features [N, dim] that arrive in batches.
 
-    extractor: the name of what made the features, kept in files; statistics of two extractors have no distance. Bits: they depend on the order of the rows only, not on how `update` calls cut them. `merge` folds what is
-    pending, so a.merge(b) equals b.merge(a) to the bit, while other groupings agree to rounding (1e-15 or so). For the
-    same bits on any number of processes, make one object per fixed chunk of samples and merge them in chunk order.
+    extractor: the name of what made the features, kept in files; statistics of two extractors have no distance.
+    Bits: they depend on the order of the rows only, not on how `update` calls cut them. `merge` folds what is pending,
+    so a.merge(b) equals b.merge(a) to the bit, while other groupings agree to rounding (1e-15 or so). For the same bits
+    on any number of processes, make one object per fixed chunk of samples and merge them in chunk order.
 
     Raises ValueError for dim < 1.
     """
@@ -71,6 +73,7 @@ class FeatureStatistics:
         self.dim, self.extractor = dim, extractor
         self._merged: _Moments | None = None  # of other streams, or of this one before a merge
         self._stream: _Stream | None = None
+        self._read: _Moments | None = None  # of everything, until more arrives
         self._pending: Float64 = np.empty((BLOCK, dim))
         self._rows = 0  # of _pending that are filled
 
@@ -83,6 +86,7 @@ class FeatureStatistics:
         rows = _rows(features, self.dim)
         self._known_count("update")
 
+        self._read = None
         while len(rows):
             taken = rows[: BLOCK - self._rows]
             self._pending[self._rows : self._rows + len(taken)] = taken
@@ -106,7 +110,7 @@ class FeatureStatistics:
         other._known_count("merge")
 
         self._merged = _join(self._moments(), other._moments())
-        self._stream, self._rows = None, 0
+        self._stream, self._rows, self._read = None, 0, None
         self.extractor = self.extractor or other.extractor
 
     def copy(self) -> "FeatureStatistics":
@@ -186,10 +190,11 @@ class FeatureStatistics:
 
     def _moments(self) -> _Moments | None:
         """Everything seen so far, without touching the pending rows: reading does not move the blocks."""
-        moments = self._merged
-        if self._stream is not None:
-            moments = _join(moments, self._stream.moments())
-        return _join(moments, _block_moments(self._pending[: self._rows])) if self._rows else moments
+        if self._read is None:
+            stream = None if self._stream is None else self._stream.moments()
+            pending = _block_moments(self._pending[: self._rows]) if self._rows else None
+            self._read = reduce(_join, (self._merged, stream, pending))
+        return self._read
 
 
 def _rows(features: Tensor | NDArray, dim: int) -> Float64:
@@ -199,7 +204,9 @@ def _rows(features: Tensor | NDArray, dim: int) -> Float64:
     if tensor.is_complex():
         raise ValueError(f"features: dtype {tensor.dtype} is not real")
     rows: Float64 = tensor.detach().to("cpu", torch.float64).numpy()
-    if not np.isfinite(rows.sum()):  # one pass; a sum may overflow where no row is bad
+    with np.errstate(over="ignore", invalid="ignore"):  # a sum may overflow where no row is bad
+        suspect = not np.isfinite(rows.sum())
+    if suspect:
         bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
         if len(bad):
             shown = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
