@@ -5,7 +5,7 @@ Heusel et al. 2017, "GANs trained by a two time-scale update rule", eq. 6; the c
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,25 +54,34 @@ def frechet_estimate(features: Tensor, reference: FeatureStatistics, blocks: Ten
     """The distance of features [N, d] to a reference, with its error: eleven distances, one for each block left out.
 
     blocks [N]: of each row (None: `block_of` the row numbers). With fewer than 8 d rows the interval is too narrow,
-    and the estimate says so. Raises ValueError as `frechet_distance` does, and for fewer than 20 rows.
+    with fewer than 20 there is none; the estimate says so. Raises ValueError as `frechet_distance` does.
     """
+    if len(features) < 2 * BLOCKS:
+        whole = FeatureStatistics(reference.dim)
+        whole.update(features)
+        few = f"{len(features)} samples are too few for an error ({2 * BLOCKS} or more)"
+        return Estimate(frechet_distance(whole, reference).value, warning=few)
     blocks = of_blocks(blocks, len(features))
     parts = []
     for block in range(BLOCKS):
-        part = FeatureStatistics(reference.dim)
-        part.update(features[blocks == block])
-        parts.append(part)
+        parts.append(FeatureStatistics(reference.dim))
+        parts[-1].update(features[blocks == block])
+    return estimate_of_parts(parts, reference)
+
+
+def estimate_of_parts(parts: Sequence[FeatureStatistics], reference: FeatureStatistics) -> Estimate:
+    """The same from the statistics of the ten blocks, where the rows are not kept."""
     whole, *others = _all_and_all_but_one(parts)
     value = frechet_distance(whole, reference).value
     left = [frechet_distance(other, reference).value for other in others]
-    few = len(features) < ENOUGH * reference.dim
-    warning = (
-        f"{len(features)} samples of {reference.dim} features: below {ENOUGH} a feature the interval is too narrow"
-    )
-    return jackknife(value, left, warning if few else None)
+    warning = None
+    if whole.count is not None and whole.count < ENOUGH * whole.dim:
+        per = f"fewer than {ENOUGH} a feature"
+        warning = f"{whole.count} samples of {whole.dim} features: with {per} the interval is too narrow"
+    return jackknife(value, left, warning)
 
 
-def _all_and_all_but_one(parts: list[FeatureStatistics]) -> Iterator[FeatureStatistics]:
+def _all_and_all_but_one(parts: Sequence[FeatureStatistics]) -> Iterator[FeatureStatistics]:
     """The statistics of all parts together, then of all but each, from running merges of those before and after it."""
     after = [FeatureStatistics(parts[0].dim)]
     for part in reversed(parts):

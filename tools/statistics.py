@@ -171,17 +171,32 @@ class FeatureStatistics:
         except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, BadZipFile) as error:
             raise ValueError(f"statistics: {path} is not an .npz with mu and sigma ({_one_line(error)})") from error
 
-        if mean.ndim != 1 or sigma.shape != (*mean.shape, *mean.shape) or not len(mean):
-            raise ValueError(f"statistics: {path} has mu {mean.shape} and sigma {sigma.shape}, not [d] and [d, d]")
-        if not (np.isfinite(mean).all() and np.isfinite(sigma).all()):
-            raise ValueError(f"statistics: {path} has values that are not finite")
-        if np.abs(sigma - sigma.T).max() > 1e-5 * np.abs(sigma).max() or (np.diag(sigma) < 0).any():
-            raise ValueError(f"statistics: {path} has a sigma that is not a covariance (not symmetric, or negative)")
         if count is not None and count < 2:
             raise ValueError(f"statistics: {path} has n = {count} (2 or more)")
+        try:
+            return cls.of_moments(mean, sigma, count, extractor)
+        except ValueError as error:
+            raise ValueError(f"statistics: {path} has {error}") from error
 
+    @classmethod
+    def of_moments(
+        cls, mean: NDArray, covariance: NDArray, count: int | None = None, extractor: str | None = None
+    ) -> "FeatureStatistics":
+        """Of `count` rows (None: unknown) with this mean [d] and unbiased covariance [d, d].
+
+        Raises ValueError for other shapes, values that are not finite, or what is no covariance: not symmetric to 1e-5
+        of its largest entry, or with a negative variance.
+        """
+        mean, sigma = np.asarray(mean, dtype=np.float64), np.asarray(covariance, dtype=np.float64)
+        if mean.ndim != 1 or sigma.shape != (*mean.shape, *mean.shape) or not len(mean):
+            raise ValueError(f"mu {mean.shape} and sigma {sigma.shape}, not [d] and [d, d]")
+        if not (np.isfinite(mean).all() and np.isfinite(sigma).all()):
+            raise ValueError("values that are not finite")
+        if np.abs(sigma - sigma.T).max() > 1e-5 * np.abs(sigma).max() or (np.diag(sigma) < 0).any():
+            raise ValueError("a sigma that is not a covariance (not symmetric, or negative)")
         statistics = cls(len(mean), extractor)
-        statistics._merged = _Moments(count, mean, sigma / 2 + sigma.T / 2)
+        if count != 0:
+            statistics._merged = _Moments(count, mean, sigma / 2 + sigma.T / 2)
         return statistics
 
     def _known_count(self, what: str) -> None:
