@@ -1,0 +1,35 @@
+"""Feature networks compute in float32 as written: no TF32, no bfloat16, no autocast, no kernels chosen by a race.
+
+A user's training script may have allowed all of these; numbers that are to be compared must not depend on it.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+
+def _switches() -> list[tuple[Any, str, Any]]:
+    """(object, attribute, value wanted). The older names of the precision switches fail once the newer were used."""
+    backends: Any = torch.backends
+    switches = [(backends.cudnn, "deterministic", True), (backends.cudnn, "benchmark", False)]
+    if hasattr(backends, "fp32_precision"):
+        parts = [backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv]
+        return switches + [(part, "fp32_precision", "ieee") for part in parts]
+    return [*switches, (backends.cuda.matmul, "allow_tf32", False), (backends.cudnn, "allow_tf32", False)]
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Within, float32 is float32 and cuDNN is deterministic; the caller's switches are put back afterwards."""
+    switches = _switches()
+    before = [getattr(owner, name) for owner, name, _ in switches]
+    try:
+        for owner, name, value in switches:
+            setattr(owner, name, value)
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        for (owner, name, _), value in zip(switches, before, strict=True):
+            setattr(owner, name, value)
