@@ -3,16 +3,18 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from distill.export import load_student_network
 from distill.noise import GENERATION
-from distill.run import read_record
+from distill.prompts import PromptedPipeline, load_pipeline
+from distill.recipe import Recipe, Sampling, gaussian_of, read_recipe
 from distill.student import OneStep
-from distill.teacher import Teacher, pipeline_folder, sample_shape
-from samplers import SOLVERS, Denoiser, SampleNoise, denoiser_from, karras_sigmas, nfe, sample
+from distill.teacher import Teacher
+from samplers import SOLVERS, Denoiser, SampleNoise, denoiser_from, sample, teleported
 from samplers.solvers import Solver
 
 
@@ -20,7 +22,8 @@ from samplers.solvers import Solver
 class ImageGenerator:
     """Makes sample number k from (seed, k): the same image in any batch.
 
-    nfe: network evaluations for a sample (a guided one evaluates twice a step and counts so). shape: [C, H, W].
+    nfe: network evaluations for a sample (a guided one evaluates twice a step and counts so). shape: [C, H, W] of an
+    image. latents: what is sampled instead, and how it becomes images.
     """
 
     denoiser: Denoiser
@@ -31,6 +34,7 @@ class ImageGenerator:
     sigmas: Tensor
     device: torch.device
     stream: int = GENERATION
+    latents: PromptedPipeline | None = None
 
     def labels(self, indices: Sequence[int]) -> Tensor | None:
         """Balanced class labels [B]: k modulo the number of classes; None if the model is unconditional."""
@@ -40,58 +44,80 @@ class ImageGenerator:
     def __call__(self, seed: int, indices: Sequence[int], labels: Tensor | None = None) -> Tensor:
         """Images [B, C, H, W], nominally in [-1, 1], on the CPU. labels [B]: instead of the balanced ones."""
         noise = SampleNoise(seed, indices, self.stream)
-        z = noise.normal(self.shape, device=self.device)
         labels = self.labels(indices) if labels is None else labels
         cond = None if labels is None else labels.to(self.device)
+        if self.latents is None:
+            return self._sample(noise, self.shape, cond).cpu()
+        x = self._sample(noise, self.latents.shape, self.latents.condition(indices, cond))
+        return self.latents.decode(x).cpu()
+
+    def _sample(self, noise: SampleNoise, shape: Sequence[int], cond: Any) -> Tensor:
+        z = noise.normal(shape, device=self.device)
         if self.solver is None:
-            return OneStep(self.denoiser, float(self.sigmas[0]))(z, cond).cpu()
-        return sample(self.solver, self.denoiser, self.sigmas[0] * z, self.sigmas, cond, noise).cpu()
+            return OneStep(self.denoiser, float(self.sigmas[0]))(z, cond)
+        return sample(self.solver, self.denoiser, self.sigmas[0] * z, self.sigmas, cond, noise)
 
 
 def load_generator(
-    path: str | Path, sampler: str = "heun", steps: int = 18, guidance: float = 1.0, device: str = "cpu"
+    path: str | Path,
+    sampler: str = "heun",
+    steps: int = 18,
+    guidance: float = 1.0,
+    device: str = "cpu",
+    *,
+    teleport: str | Path | None = None,
+    sigma_skip: float | None = None,
+    tolerance: float = 0.1,
+    prompts: str | Path | None = None,
 ) -> ImageGenerator:
     """Reads a run folder of this library or a pipeline folder, and says how to sample it.
 
     A student (a run of `distill train`, an exported one, or a stock consistency model) runs in one step; `sampler`,
-    `steps` and `guidance` are for diffusion models only. Raises ValueError for a folder that is none of these, an
-    unknown sampler or device, or guidance of a diffusion model that has no null label.
+    `steps`, `guidance`, and what follows `device` are for diffusion models only (see `distill.recipe.Sampling`).
+    Raises ValueError for a folder that is none of these, an unknown sampler or device, guidance of a diffusion model
+    that has no null label, a Gaussian of something else, and prompts that are missing, or of no use.
     """
-    if sampler not in SOLVERS:
-        raise ValueError(f"sampler: {sampler!r}; accepted are {', '.join(SOLVERS)}")
-    if not 0 <= guidance < float("inf"):
-        raise ValueError(f"guidance: {guidance}; accepted are finite scales from 0")
+    usable_device(device)
+    sampling = Sampling(sampler, steps, guidance, _name(teleport), sigma_skip, tolerance, _name(prompts))
+    return generator_of(read_recipe(path, sampling), device)
+
+
+def generator_of(recipe: Recipe, device: str = "cpu") -> ImageGenerator:
+    """The networks of a recipe, on a device. Raises ValueError for files that do not fit each other, and the device."""
     where = usable_device(device)
-    if _is_student_run(Path(path)):
-        network, scheduler, facts, config = load_student_network(Path(path))
-        denoiser = denoiser_from(network, scheduler).to(where)
-        shape = sample_shape(network)
-        start = config.student.sigma_init
-        n_classes = len(facts["classes"]) or network.config.num_class_embeds
-        return _one_step(denoiser, shape, n_classes, start, where)
-
-    teacher = Teacher.load(pipeline_folder(path))
-    denoiser = teacher.denoiser.to(where)
-    consistency = type(teacher.scheduler).__name__ == "CMStochasticIterativeScheduler"
-    if teacher.facts.get("kind", "student" if consistency else "teacher") == "student":
-        return _one_step(denoiser, teacher.shape, teacher.n_classes, teacher.sigma_max, where)
-
-    teacher = replace(teacher, guidance=guidance)
-    sigmas = karras_sigmas(steps, teacher.sigma_min, teacher.sigma_max)
-    solver = SOLVERS[sampler]
-    evaluations = nfe(solver, sigmas) * (1 if guidance == 1 else 2)
-    return ImageGenerator(teacher.guided, teacher.shape, teacher.n_classes, evaluations, solver, sigmas, where)
+    generator = _generator(recipe, where)
+    if recipe.gaussian is None or recipe.sigma_skip is None or generator.solver is None:
+        return generator
+    gaussian = gaussian_of(recipe.gaussian)
+    if generator.latents is not None:
+        generator.latents.check(gaussian)
+    return replace(generator, solver=teleported(generator.solver, gaussian.to(where), recipe.sigma_skip))
 
 
-def _one_step(
-    denoiser: Denoiser, shape: tuple[int, ...], n_classes: int | None, sigma_init: float, device: torch.device
-) -> ImageGenerator:
-    sigmas = torch.tensor([sigma_init, 0.0], dtype=torch.float64)
-    return ImageGenerator(denoiser, shape, n_classes, 1, None, sigmas, device)
+def _generator(recipe: Recipe, device: torch.device) -> ImageGenerator:
+    """Without a jump."""
+    solver = None if recipe.one_step else SOLVERS[recipe.settings["sampler"]]
+    latents = None
+    denoiser: Denoiser
+    if recipe.kind == "run":
+        network, scheduler, _, _ = load_student_network(recipe.folder)
+        denoiser = denoiser_from(network, scheduler).to(device)
+    elif recipe.kind in ("student", "teacher"):
+        teacher = Teacher.load(recipe.folder)
+        teacher.denoiser.to(device)
+        denoiser = (
+            teacher.denoiser if recipe.one_step else replace(teacher, guidance=recipe.settings["guidance"]).guided
+        )
+    else:
+        latents = PromptedPipeline(load_pipeline(recipe.folder).to(device), recipe.prompts, recipe.settings["guidance"])
+        denoiser = latents.denoiser
+    return ImageGenerator(
+        denoiser, recipe.shape, recipe.n_classes, recipe.nfe, solver, recipe.sigmas, device, latents=latents
+    )
 
 
-def _is_student_run(path: Path) -> bool:
-    return bool(read_record(path).get("command") == "train")
+def _name(file: str | Path | None) -> str | None:
+    return None if file is None else str(file)
 
 
 def usable_device(name: str) -> torch.device:

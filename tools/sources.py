@@ -1,121 +1,218 @@
-"""Where the images to be judged come from: a folder of images, the embedded digits, or a generator.
+"""Where the images to be judged come from: files of them, the embedded digits, or a model that makes them.
 
-A generator (a run folder, a diffusers pipeline) makes each draw anew from its own seed; a folder is dealt once, in an
-order that a seed decides, into draws that share no image.
+A source says what decides its images (`facts`) without reading them twice or loading a network, so that results can be
+kept under what they are of. Image k of files is the k-th by name; image k of a model depends on (seed, k) only.
 """
 
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
-from distill.data import IMAGE_SUFFIXES, Images, folder
+from distill.data import Split
+from distill.generate import ImageGenerator, generator_of, usable_device
+from distill.recipe import Recipe, Sampling, read_recipe
+from tools.digest import HashCache, Hashed, digest_json
+from tools.features import quantise
+from tools.image_arrays import digits_array, npz_array, safetensors_array
+from tools.image_files import ImageFolder, ImageZip, Shape, write_png
 
-GENERATED = ("model_index.json", "config.yaml")  # one of these makes a folder a generator, images in it or not
-BATCH = 500  # samples made at once
+__all__ = ["Samples", "Source", "SourceSettings", "open_source", "write_png"]
 
-Progress = Callable[[int], object]  # told how many images were made, after every batch
+SourceSettings = Sampling  # how a diffusion model is sampled; other sources take no notice
+DIGITS: dict[str, Split] = {"digits": "train", "digits:held-out": "held-out"}
+GENERATED = ("model_index.json", "config.yaml", "model/model_index.json")  # one of these makes a folder a generator
 
 
 @dataclass(frozen=True)
-class Draw:
-    """Images [n, C, H, W] in [-1, 1], the labels [n] asked for or None, and the seconds that making them took."""
+class Samples:
+    """Images, uint8 [C, H, W] each, and the class labels [B] (int64) that they have or were asked for, or None."""
 
-    images: Tensor
+    images: tuple[Tensor, ...]
     labels: Tensor | None = None
-    seconds: float | None = None
 
 
-class Generator(Protocol):
-    """What `distill.generate.load_generator` returns; sample k of a seed depends on (seed, k) only."""
+class Source(Protocol):
+    """Images by number.
+
+    facts: all that decides them but the seed, JSON, without paths: equal facts are equal images. title: for a table.
+    count: how many there are; None is as many as are asked for. nfe: network evaluations for one; None for files.
+    shape: [C, H, W]; None for mixed sizes. n_classes: None without labels.
+    """
 
     @property
-    def nfe(self) -> int: ...
+    def facts(self) -> dict[str, Any]: ...
 
-    def labels(self, indices: range) -> Tensor | None: ...
+    @property
+    def title(self) -> str: ...
 
-    def __call__(self, seed: int, indices: range) -> Tensor: ...
+    @property
+    def count(self) -> int | None: ...
+
+    @property
+    def nfe(self) -> int | None: ...
+
+    @property
+    def shape(self) -> Shape | None: ...
+
+    @property
+    def n_classes(self) -> int | None: ...
+
+    def read(self, seed: int, indices: Sequence[int]) -> Samples:
+        """The images with these numbers, in one batch; the same bits in any batch of the same size.
+
+        Raises ValueError, naming the file, for one that is damaged or has changed since the source was opened.
+        """
+
+    def close(self) -> None:
+        """Let go of networks and files; reading opens them again."""
+
+
+class Pictures(Protocol):
+    """Images that exist already (`tools.image_files`, `tools.image_arrays`). skipped: files beside them."""
+
+    facts: dict[str, Any]
+    shape: Shape | None
+    labels: Tensor | None
+    skipped: int
+
+    def __len__(self) -> int: ...
+
+    def read(self, numbers: Sequence[int]) -> list[Tensor]: ...
+
+    def close(self) -> None: ...
+
+
+FILES: dict[str, Callable[[Path, HashCache], Pictures]] = {
+    ".npz": npz_array,
+    ".safetensors": safetensors_array,
+    ".zip": ImageZip,
+}
 
 
 @dataclass(frozen=True)
 class Fixed:
-    """Images that exist already, [N, C, H, W]."""
+    """A source of images that exist already; the seed is of no matter."""
 
-    images: Tensor
-    labels: Tensor | None = None
+    title: str
+    pictures: Pictures
     nfe: int | None = None
 
-    def draws(self, n: int, draws: int, seed: int, progress: Progress) -> Iterator[Draw]:
-        """As many disjoint draws of n as there are, `draws` at most; fewer images than n are one draw of all."""
-        order = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(seed))
-        n = min(n, len(order))
-        for part in order.split(n)[: min(draws, len(order) // n)]:
-            progress(len(part))
-            yield Draw(self.images[part], None if self.labels is None else self.labels[part])
+    @property
+    def facts(self) -> dict[str, Any]:
+        return self.pictures.facts
+
+    @property
+    def count(self) -> int:
+        return len(self.pictures)
+
+    @property
+    def shape(self) -> Shape | None:
+        return self.pictures.shape
+
+    @property
+    def n_classes(self) -> int | None:
+        labels = self.pictures.labels
+        return None if labels is None else int(labels.max()) + 1
+
+    def read(self, seed: int, indices: Sequence[int]) -> Samples:
+        if not all(0 <= k < self.count for k in indices):
+            raise ValueError(f"indices: {min(indices)} .. {max(indices)}; {self.title} has {self.count} images, from 0")
+        labels = self.pictures.labels
+        images = tuple(self.pictures.read(indices))
+        return Samples(images, None if labels is None else labels[list(indices)].long())
+
+    def close(self) -> None:
+        self.pictures.close()
 
 
-@dataclass(frozen=True)
+@dataclass
 class Generated:
-    """Images that a generator makes."""
+    """A source of images that a model makes, quantised as a PNG would be."""
 
-    generator: Generator
+    title: str
+    path: Path
+    settings: SourceSettings
+    recipe: Recipe
+    files: list[Hashed]
+    facts: dict[str, Any]
+    device: str = "cpu"
+    count: int | None = None
+    _generator: ImageGenerator | None = field(default=None, repr=False)
 
     @property
     def nfe(self) -> int:
-        return self.generator.nfe
+        return self.recipe.nfe
 
-    def draws(self, n: int, draws: int, seed: int, progress: Progress) -> Iterator[Draw]:
-        """Draw j is samples 0 ... n - 1 of seed + j. One batch before the first is not timed: it warms up."""
-        self.generator(seed, range(min(BATCH, n)))
-        for draw in range(draws):
-            batches, seconds = [], 0.0
-            for start in range(0, n, BATCH):
-                indices = range(start, min(start + BATCH, n))
-                begun = time.perf_counter()
-                batches.append(self.generator(seed + draw, indices).float().cpu())  # waits for the device
-                seconds += time.perf_counter() - begun
-                progress(len(indices))
-            yield Draw(torch.cat(batches), self.generator.labels(range(n)), seconds)
+    @property
+    def shape(self) -> Shape | None:
+        return self.recipe.shape
+
+    @property
+    def n_classes(self) -> int | None:
+        return self.recipe.n_classes
+
+    def read(self, seed: int, indices: Sequence[int]) -> Samples:
+        if self._generator is None:
+            self._generator = self._load()
+        images = self._generator(seed, indices)
+        return Samples(tuple(quantise(images)), self._generator.labels(indices))
+
+    def close(self) -> None:
+        self._generator = None
+
+    def _load(self) -> ImageGenerator:
+        """Raises ValueError where the folder is not what was hashed; a run that trains has new checkpoints."""
+        now = read_recipe(self.path, self.settings)
+        if now.files != self.recipe.files:
+            raise ValueError(f"{self.path}: has other files than when it was opened (a run that goes on?)")
+        generator = generator_of(self.recipe, self.device)
+        for file in self.files:
+            file.check()
+        return generator
 
 
-Source = Fixed | Generated
+def open_source(
+    path: str | Path,
+    settings: SourceSettings | None = None,
+    *,
+    device: str = "cpu",
+    hashes: HashCache | None = None,
+) -> Source:
+    """The source that a path is: a folder, zip, .npz or .safetensors file of images, a run folder, a pipeline folder,
+    'digits' (the training half of the embedded ones) or 'digits:held-out'.
 
-
-def is_generator(path: str | Path) -> bool:
-    """Whether `path` is a run folder or a pipeline folder, rather than a folder of images."""
-    return any((Path(path) / name).is_file() for name in GENERATED)
-
-
-def image_folder(path: str | Path) -> Images:
-    """Every image below `path`, none resized: resizing decides a Fréchet distance, so it is done knowingly before.
-
-    Grey if all images are grey, else RGB. Raises ValueError, naming the file, for images that are not square or of
-    different sizes, that cannot be read, and when there is none.
+    settings: how a diffusion model is sampled. hashes: what is remembered of files. Nothing heavy happens but hashing.
+    Raises ValueError for a path that is none of these, and settings that do not fit it.
     """
-    from PIL import Image
-
-    root = Path(path)
-    if not root.is_dir():
-        raise ValueError(f"images: {root} is not a folder")
-    files = sorted(f for f in root.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES and f.is_file())
-    if not files:
+    hashes = HashCache() if hashes is None else hashes
+    if str(path) in DIGITS:
+        return Fixed(str(path), digits_array(DIGITS[str(path)]))
+    path = Path(path)
+    title = path.resolve().name
+    if path.is_file() and path.suffix.lower() in FILES:
+        return Fixed(title, FILES[path.suffix.lower()](path, hashes))
+    if not path.is_dir():
         raise ValueError(
-            f"images: {root} has no images ({', '.join(IMAGE_SUFFIXES)}), and is no run or pipeline either"
+            f"source: {str(path)!r} is no folder, nor a file of images ({', '.join(FILES)}), nor one of "
+            f"{', '.join(DIGITS)}"
         )
+    if not any((path / name).is_file() for name in GENERATED):
+        return Fixed(title, ImageFolder(path, hashes))
+    return _generated(path, SourceSettings() if settings is None else settings, device, hashes)
 
-    size, channels = 0, 1
-    for file in files:
-        try:
-            with Image.open(file) as image:
-                width, height = image.size
-                channels = channels if image.mode in ("1", "L") else 3
-        except Exception as error:
-            raise ValueError(f"images: {file} cannot be read as an image ({type(error).__name__})") from error
-        size = size or width
-        if (width, height) != (size, size):
-            raise ValueError(f"images: {file} is {width}x{height}, not {size}x{size}; all must be equal squares")
-    return folder(root, size, channels)
+
+def _generated(path: Path, settings: SourceSettings, device: str, hashes: HashCache) -> Generated:
+    usable_device(device)
+    recipe = read_recipe(path, settings)
+    files = hashes.hash_all(recipe.files)
+    names = {str(file.path.relative_to(recipe.folder)): file.sha256 for file in files}
+    facts = recipe.settings | {"files": digest_json(names)}
+    if recipe.gaussian is not None:
+        files += hashes.hash_all([recipe.gaussian])
+        facts["gaussian"] = files[-1].sha256
+    if recipe.prompts is not None:
+        facts["prompts"] = digest_json(recipe.prompts)
+    return Generated(path.resolve().name, path, settings, recipe, files, facts, device)

@@ -1,0 +1,136 @@
+"""Images from a diffusers pipeline of latents: DiT under classes, Stable Diffusion (XL, 3) under prompts.
+
+Sample k has prompt k modulo their number, and its own noise. The network, text encoders and VAE of the pipeline are
+used; its loop and the steps of its scheduler are not (`samplers.prompts`).
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distill.teacher import read_model
+from samplers import Denoiser, Gaussian, Guided, decode, denoiser_from, flow_sigmas, karras_sigmas, latent_shape
+from samplers.adapters import FlowMatching, coordinates_of
+from samplers.denoiser import join_conditions
+from samplers.prompts import PIPELINES
+from samplers.teleport_checks import check_gaussian, family_of
+
+PROMPTED = {name: kind.network for name, kind in PIPELINES.items() if name not in ("DDIMPipeline", "DDPMPipeline")}
+UNUSED = ("feature_extractor", "image_encoder", "safety_checker")  # parts that no sample is made by
+_LIBRARIES = ("diffusers", "transformers")
+
+
+@dataclass(frozen=True)
+class PromptedPipeline:
+    """A pipeline as a denoiser of its latents, with the conditions of its samples.
+
+    prompts: None where there are classes. guidance: 1 is none.
+    """
+
+    pipe: Any
+    prompts: tuple[str, ...] | None
+    guidance: float
+
+    @property
+    def denoiser(self) -> Denoiser:
+        """Of latents [B, c, h, w], guided away from the pipeline's own idea of no condition."""
+        none = denoiser_from(self.pipe)
+        return none.denoiser if self.guidance == 1 else Guided(none.denoiser, self.guidance, none.cond)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """[c, h, w] of the latents."""
+        return latent_shape(self.pipe)
+
+    def condition(self, indices: Sequence[int], labels: Tensor | None) -> Any:
+        """What the denoiser is conditioned on for these samples: their labels, or their prompts' embeddings."""
+        if self.prompts is None:
+            return labels
+        asked = [self.prompts[k % len(self.prompts)] for k in indices]
+        embedded = {prompt: denoiser_from(self.pipe, prompt).cond for prompt in dict.fromkeys(asked)}
+        return join_conditions([embedded[prompt] for prompt in asked], 1)
+
+    def check(self, gaussian: Gaussian) -> None:
+        """Raises ValueError for a Gaussian of other latents than this pipeline's."""
+        check_gaussian(self.pipe, family_of(self.pipe), gaussian)
+
+    def decode(self, x: Tensor) -> Tensor:
+        """Latents as pictures [B, 3, H, W], nominally in [-1, 1]."""
+        return decode(self.pipe, x).float()
+
+
+def read_prompts(path: Path) -> tuple[str, ...]:
+    """The prompts of a text file, one a line, UTF-8. Raises ValueError, naming the line, for an empty one."""
+    try:
+        text = path.read_text("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"prompts: {path} cannot be read as text in UTF-8 ({error})") from error
+    lines = [line.strip() for line in text.rstrip().split("\n")]
+    if not all(lines):
+        raise ValueError(f"prompts: {path} has no words in line {lines.index('') + 1}; needed is one prompt a line")
+    return tuple(lines)
+
+
+def prompt_schedule(scheduler: Any, steps: int) -> Tensor:
+    """Noise levels [steps + 1] for a scheduler's network: Karras', or evenly in flow time with its shift."""
+    coordinates = coordinates_of(scheduler)
+    if isinstance(coordinates, FlowMatching):
+        shift = scheduler.config.get("shift") or scheduler.config.get("flow_shift") or 1.0
+        return flow_sigmas(steps, coordinates.sigma_max, shift)
+    return karras_sigmas(steps, coordinates.sigma_min, coordinates.sigma_max)
+
+
+def picture_shape(network: dict[str, Any], vae: dict[str, Any]) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """The shapes [c, h, w] of latents and [C, H, W] of pictures, by the configurations of a network and a VAE."""
+    size, factor = network["sample_size"], 2 ** (len(vae["block_out_channels"]) - 1)
+    h, w = size if isinstance(size, list) else (size, size)
+    return (network["in_channels"], h, w), (vae["out_channels"], h * factor, w * factor)
+
+
+def load_pipeline(folder: Path) -> Any:
+    """A pipeline from local safetensors, in float32, without the parts that are not used.
+
+    Raises ValueError, naming the part, for what cannot be read, or is not of diffusers or transformers.
+    """
+    import diffusers
+
+    index = json.loads((folder / "model_index.json").read_text())
+    parts: dict[str, Any] = {}
+    for name, part in index.items():
+        if not isinstance(part, list):
+            continue
+        library, kind = part
+        if name in UNUSED or library is None:
+            parts[name] = None
+        elif library not in _LIBRARIES or not hasattr(import_module(library), kind):
+            raise ValueError(f"{folder / name}: is a {library}.{kind}; supported are parts of {', '.join(_LIBRARIES)}")
+        else:
+            parts[name] = _part(folder / name, library, getattr(import_module(library), kind))
+    try:
+        pipe = getattr(diffusers, index["_class_name"]).from_pretrained(folder, local_files_only=True, **parts)
+    except Exception as error:  # diffusers raises a different type for each thing that can be wrong with a folder
+        raise ValueError(f"{folder}: cannot be read ({str(error).splitlines()[0]})") from error
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _part(folder: Path, library: str, kind: Any) -> Any:
+    if hasattr(kind, "from_config") and issubclass(kind, torch.nn.Module) and library == "diffusers":
+        return read_model(folder, kind, torch.float32).requires_grad_(False).eval()
+    try:
+        if not issubclass(kind, torch.nn.Module):
+            return kind.from_pretrained(folder, local_files_only=True)
+        options = {"use_safetensors": True, "output_loading_info": True, "torch_dtype": torch.float32}
+        model, loaded = kind.from_pretrained(folder, local_files_only=True, **options)
+    except Exception as error:
+        raise ValueError(f"{folder}: cannot be read ({str(error).splitlines()[0]})") from error
+    wrong = [*loaded["missing_keys"], *loaded["mismatched_keys"]]
+    if wrong:  # transformers would go on with random weights
+        raise ValueError(f"{folder}: its weights are not those of its config.json: {wrong[0]}")
+    return model.requires_grad_(False).eval()
