@@ -5,7 +5,6 @@ Two kinds of file hold it: the TorchScript file that clean-fid, EDM and StyleGAN
 for which the network is torchvision's with clean-fid's (pytorch-fid's) four kinds of changed block.
 """
 
-import hashlib
 import os
 import pickle
 import tempfile
@@ -14,13 +13,15 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tools.digest import digest_file
+
 VARIABLE = "DISTILL_INCEPTION_WEIGHTS"
 DIM = 2048
-SIZE = 299
 CLASSES = 1008
 
 # First digits of the sha256: of the whole file for NVIDIA's, as many as the name holds for pytorch-fid's.
@@ -81,12 +82,12 @@ def find_weights(explicit: str | Path | None = None) -> Weights:
         if given:
             if not Path(given).is_file():
                 raise ValueError(f"weights: {given} ({by}) is not a file; accepted: a .pt or .pth file of Inception")
-            return _hashed(Path(given))
+            return Weights(Path(given), digest_file(given))
 
     searched = [f"${VARIABLE} (not set)"]
     for place in _caches():
         if place.is_file():
-            weights = _hashed(place)
+            weights = Weights(place, digest_file(place))
             if weights.published:
                 return weights
             searched.append(f"{place} (not a published file: sha256 {weights.sha256[:8]}...)")
@@ -108,11 +109,6 @@ def _caches() -> list[Path]:
     ]
 
 
-def _hashed(path: Path) -> Weights:
-    with path.open("rb") as file:
-        return Weights(path, hashlib.file_digest(file, "sha256").hexdigest())
-
-
 def _is_torchscript(path: Path) -> bool:
     """By content, not by name: TorchScript archives carry their code."""
     if not zipfile.is_zipfile(path):
@@ -123,9 +119,9 @@ def _is_torchscript(path: Path) -> bool:
 
 def _torchscript(path: Path, device: torch.device) -> tuple[Callable[[Tensor], Tensor], Tensor | None]:
     with warnings.catch_warnings():  # TorchScript is deprecated, and yet it is how this network is published
-        warnings.filterwarnings("ignore", message=".*torch.jit.*", category=DeprecationWarning)
+        warnings.filterwarnings("ignore", message=".*torch.jit.load")
         try:
-            base = torch.jit.load(str(path), map_location=device).eval()
+            base: Any = torch.jit.load(str(path), map_location=device).eval()
         except RuntimeError as error:
             raise ValueError(f"weights: {path} cannot be read as TorchScript ({_first_line(error)})") from error
     if not hasattr(base, "layers"):
@@ -141,7 +137,7 @@ def _torchscript(path: Path, device: torch.device) -> tuple[Callable[[Tensor], T
 
 def _state_dict(path: Path, device: torch.device) -> tuple[Callable[[Tensor], Tensor], Tensor]:
     with torch.device("meta"):  # no random weights are drawn only to be replaced
-        network = _changed_inception()
+        network: Any = _changed_inception()
     try:
         network.load_state_dict(torch.load(path, map_location=device, weights_only=True), assign=True)
     except (RuntimeError, TypeError, AttributeError, EOFError, pickle.UnpicklingError) as error:

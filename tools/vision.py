@@ -5,7 +5,6 @@ dgm-eval run Meta's own DINOv2 code, which stretches the position embedding from
 differently from transformers': numbers agree closely, not to the last digits. Only safetensors are read.
 """
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tools.digest import digest_file, digest_json
 from tools.presets import Preset
 
 
@@ -118,8 +118,5 @@ def _read(model: Any, folder: Path) -> tuple[Any, dict[str, Any]]:
 
 def _fingerprint(folder: Path) -> str:
     """Eight hex digits of the sha256 of the configuration and all weights."""
-    digest = hashlib.sha256()
-    for path in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()[:8]
+    files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
+    return digest_json([digest_file(path) for path in files])[:8]

@@ -1,0 +1,79 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from tools.features import dequantise, load_extractor
+
+SOURCE = """
+import torch
+from torch import nn
+
+class Means(nn.Module):
+    "Each channel's mean, scaled; noisy while it learns."
+
+    def __init__(self, scale: float = {scale}) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.tensor(scale))
+        self.noise = nn.Dropout(0.5)
+
+    def forward(self, x):
+        return self.noise({power} * self.scale * x.mean(dim=(2, 3)))
+
+means = Means(3.0)
+maps = nn.Conv2d(3, 4, 1)
+number = 7
+
+def make():
+    return Means(5.0)
+"""
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own_features.py").write_text(SOURCE.format(scale=2.0, power=1))
+    (tmp_path / "own_scaled.py").write_text(SOURCE.format(scale=4.0, power=1))
+    (tmp_path / "own_changed.py").write_text(SOURCE.format(scale=2.0, power=-1))
+    return tmp_path
+
+
+def images() -> torch.Tensor:
+    return torch.randint(0, 256, (4, 3, 5, 6), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.usefixtures("package")
+@pytest.mark.parametrize(("attribute", "scale"), [("Means", 2), ("means", 3), ("make", 5)])
+def test_modules_classes_and_functions(attribute: str, scale: float) -> None:
+    extractor = load_extractor(f"own_features:{attribute}", (3, 5, 6))
+    extracted = extractor(images())
+    assert extractor.dim == 3
+    assert extracted.logits is None
+    torch.testing.assert_close(extracted.features, scale * dequantise(images()).mean(dim=(2, 3)))
+    assert extractor.name.startswith(f"own_features:{attribute}-")
+    assert extractor.name.endswith("|3x5x6 x/127.5-1|u8|f32")
+
+
+@pytest.mark.usefixtures("package")
+def test_the_name_follows_weights_and_source() -> None:
+    def digest(spec: str) -> str:
+        return load_extractor(spec, (3, 5, 6)).name.split("|")[0].removeprefix(spec)
+
+    digests = [digest(f"own_{module}:Means") for module in ("features", "scaled", "changed")]
+    assert digest("own_features:Means") == digests[0]
+    assert len(set(digests)) == 3
+
+
+@pytest.mark.usefixtures("package")
+def test_what_is_no_feature_network_raises() -> None:
+    for spec, message in (
+        (
+            "own_absent:Means",
+            r"own_absent:Means cannot be imported \(No module named 'own_absent'\); is it on PYTHONPATH",
+        ),
+        ("own_features:Absent", r"own_features:Absent cannot be imported \(module .* has no attribute 'Absent'\)"),
+        ("own_features:number", r"own_features:number is int; accepted: a torch module"),
+        ("own_features:maps", r"maps \[2, 3, 5, 6\] to \[2, 4, 5, 6\]; accepted: floats of shape \[2, dim\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_extractor(spec, (3, 5, 6))
