@@ -11,7 +11,7 @@ from torch import Tensor
 from distill.export import load_student_network
 from distill.noise import GENERATION
 from distill.prompts import PromptedPipeline, load_pipeline
-from distill.recipe import Recipe, Sampling, gaussian_of, read_recipe
+from distill.recipe import LANDING, Recipe, Sampling, gaussian_of, read_recipe
 from distill.student import OneStep
 from distill.teacher import Teacher
 from samplers import SOLVERS, Denoiser, SampleNoise, denoiser_from, sample, teleported
@@ -67,7 +67,7 @@ def load_generator(
     *,
     teleport: str | Path | None = None,
     sigma_skip: float | None = None,
-    tolerance: float = 0.1,
+    tolerance: float = 0.05,
     prompts: str | Path | None = None,
 ) -> ImageGenerator:
     """Reads a run folder of this library or a pipeline folder, and says how to sample it.
@@ -91,7 +91,8 @@ def generator_of(recipe: Recipe, device: str = "cpu") -> ImageGenerator:
     gaussian = gaussian_of(recipe.gaussian)
     if generator.latents is not None:
         generator.latents.check(gaussian)
-    return replace(generator, solver=teleported(generator.solver, gaussian.to(where), recipe.sigma_skip))
+    solver = teleported(generator.solver, gaussian.to(where), recipe.sigma_skip, landing=LANDING)
+    return replace(generator, solver=solver)
 
 
 def _generator(recipe: Recipe, device: torch.device) -> ImageGenerator:

@@ -5,9 +5,11 @@ used; its loop and the steps of its scheduler are not (`samplers.prompts`).
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +95,23 @@ def picture_shape(network: dict[str, Any], vae: dict[str, Any]) -> tuple[tuple[i
     return (network["in_channels"], h, w), (vae["out_channels"], h * factor, w * factor)
 
 
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Neither library draws bars for the loading of each part, or tells what is told in our one line."""
+    logs = [import_module(f"{library}.utils.logging") for library in _LIBRARIES if find_spec(library) is not None]
+    before = [(log.get_verbosity(), log.is_progress_bar_enabled()) for log in logs]
+    try:
+        for log in logs:
+            log.set_verbosity(log.CRITICAL)
+            log.disable_progress_bar()
+        yield
+    finally:
+        for log, (verbosity, bar) in zip(logs, before, strict=True):
+            log.set_verbosity(verbosity)
+            if bar:
+                log.enable_progress_bar()
+
+
 def load_pipeline(folder: Path) -> Any:
     """A pipeline from local safetensors, in float32, without the parts that are not used.
 
@@ -108,28 +127,41 @@ def load_pipeline(folder: Path) -> Any:
         library, kind = part
         if name in UNUSED or library is None:
             parts[name] = None
-        elif library not in _LIBRARIES or not hasattr(import_module(library), kind):
-            raise ValueError(f"{folder / name}: is a {library}.{kind}; supported are parts of {', '.join(_LIBRARIES)}")
         else:
-            parts[name] = _part(folder / name, library, getattr(import_module(library), kind))
-    try:
+            with _silent():
+                parts[name] = _part(folder / name, library, kind)
+    with _silent(), _named(folder):
         pipe = getattr(diffusers, index["_class_name"]).from_pretrained(folder, local_files_only=True, **parts)
-    except Exception as error:  # diffusers raises a different type for each thing that can be wrong with a folder
-        raise ValueError(f"{folder}: cannot be read ({str(error).splitlines()[0]})") from error
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def _part(folder: Path, library: str, kind: Any) -> Any:
-    if hasattr(kind, "from_config") and issubclass(kind, torch.nn.Module) and library == "diffusers":
-        return read_model(folder, kind, torch.float32).requires_grad_(False).eval()
+@contextmanager
+def _named(folder: Path) -> Iterator[None]:
+    """The libraries raise a different type for each thing that can be wrong with a folder."""
     try:
-        if not issubclass(kind, torch.nn.Module):
-            return kind.from_pretrained(folder, local_files_only=True)
-        options = {"use_safetensors": True, "output_loading_info": True, "torch_dtype": torch.float32}
-        model, loaded = kind.from_pretrained(folder, local_files_only=True, **options)
+        yield
     except Exception as error:
-        raise ValueError(f"{folder}: cannot be read ({str(error).splitlines()[0]})") from error
+        raise ValueError(
+            f"{folder}: cannot be read ({' '.join(str(error).split()) or type(error).__name__})"
+        ) from error
+
+
+def _part(folder: Path, library: str, name: str) -> Any:
+    if library not in _LIBRARIES or find_spec(library) is None or not hasattr(import_module(library), name):
+        raise ValueError(
+            f"{folder}: is a {library}.{name}, which is not here; read are parts of {' and '.join(_LIBRARIES)}"
+        )
+    kind = getattr(import_module(library), name)
+    is_network = isinstance(kind, type) and issubclass(kind, torch.nn.Module)
+    if not is_network:
+        with _named(folder):
+            return kind.from_pretrained(folder, local_files_only=True)
+    if library == "diffusers":
+        return read_model(folder, kind, torch.float32).requires_grad_(False).eval()
+    options = {"use_safetensors": True, "output_loading_info": True, "torch_dtype": torch.float32}
+    with _named(folder):
+        model, loaded = kind.from_pretrained(folder, local_files_only=True, **options)
     wrong = [*loaded["missing_keys"], *loaded["mismatched_keys"]]
     if wrong:  # transformers would go on with random weights
         raise ValueError(f"{folder}: its weights are not those of its config.json: {wrong[0]}")

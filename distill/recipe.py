@@ -23,6 +23,7 @@ from samplers import SOLVERS, Gaussian, karras_sigmas, nfe
 from samplers.adapters import coordinates_of
 from samplers.schedules import restarted
 
+LANDING = 0.5  # of a jump (`samplers.teleported`)
 _WEIGHTS = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 
 
@@ -41,7 +42,7 @@ class Sampling:
     guidance: float = 1.0
     teleport: str | None = None
     sigma_skip: float | None = None
-    tolerance: float = 0.1
+    tolerance: float = 0.05
     prompts: str | None = None
 
     def __post_init__(self) -> None:
@@ -171,20 +172,22 @@ def _prompted(folder: Path, index: dict[str, Any], sampling: Sampling) -> Recipe
         raise ValueError(f"prompts: {sampling.prompts}; {folder} {needed}")
     prompts = None if sampling.prompts is None else read_prompts(Path(sampling.prompts))
     sigmas = prompt_schedule(scheduler, sampling.steps)
-    recipe = Recipe(kind, folder, _of_parts(folder, parts), shape, n_classes, 0, sigmas, {}, prompts=prompts)
+    own = {name: index[name] for name in index if not name.startswith("_") and name not in (*UNUSED, "id2label")}
+    files = _of_parts(folder, parts)
+    recipe = Recipe(kind, folder, files, shape, n_classes, 0, sigmas, {"pipeline": own}, prompts=prompts)
     return _sampled(recipe, sampling, latent)
 
 
 def _sampled(recipe: Recipe, sampling: Sampling, shape: tuple[int, ...]) -> Recipe:
     """The recipe with its sampler's settings. shape: of what is sampled, pixels or latents."""
     solver, sigmas, skip = SOLVERS[sampling.sampler], recipe.sigmas, None
-    settings = {"kind": recipe.kind, "sampler": sampling.sampler, "steps": sampling.steps}
+    settings = recipe.settings | {"kind": recipe.kind, "sampler": sampling.sampler, "steps": sampling.steps}
     settings["guidance"] = float(sampling.guidance)
     gaussian = None if sampling.teleport is None else Path(sampling.teleport)
     if gaussian is not None:
         skip = _sigma_skip(gaussian_of(gaussian), recipe, sampling, shape)
         sigmas = restarted(sigmas, skip)
-        settings["sigma_skip"] = skip
+        settings |= {"sigma_skip": skip, "landing": LANDING}
     count = nfe(solver, sigmas) * (1 if sampling.guidance == 1 else 2)
     return replace(recipe, nfe=count, settings=settings, gaussian=gaussian, sigma_skip=skip)
 
@@ -195,6 +198,10 @@ def _sigma_skip(gaussian: Gaussian, recipe: Recipe, sampling: Sampling, shape: t
         raise ValueError(f"teleport: the Gaussian is of {list(gaussian.shape)}; what is sampled is {list(shape)}")
     if gaussian.n_classes not in (None, recipe.n_classes):
         raise ValueError(f"teleport: the Gaussian has {gaussian.n_classes} classes; the model {recipe.n_classes}")
+    if recipe.kind == "teacher" and [float(v) for v in gaussian.facts.get("range") or (-1, 1)] != [-1.0, 1.0]:
+        raise ValueError(
+            f"teleport: the Gaussian is of pixels in {gaussian.facts['range']}; the model's are in [-1, 1]"
+        )
     if gaussian.n_classes is not None and sampling.guidance == 0:
         raise ValueError("teleport: the Gaussian is of classes, which guidance 0 takes away")
     if (gaussian.facts.get("vae") is None) != (recipe.kind == "teacher"):

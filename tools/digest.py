@@ -7,7 +7,8 @@ reading it, so `HashCache` remembers a file's hash for as long as the file syste
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -62,11 +63,18 @@ class Hashed:
             now = Stamp.of(self.path)
         except OSError as error:
             raise ValueError(f"{self.path}: cannot be read any more ({error.strerror})") from error
-        if now[:2] != self.stamp[:2]:
+        if (now.size, now.mtime_ns, now.inode) != (self.stamp.size, self.stamp.mtime_ns, self.stamp.inode):
             raise ValueError(
                 f"{self.path}: has changed since it was hashed ({self.stamp.size} bytes then, {now.size} now); "
                 "results under the old hash would be of other bytes"
             )
+
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """What is read inside is what was hashed, or ValueError is raised as by `check`."""
+        self.check()
+        yield
+        self.check()
 
 
 @dataclass

@@ -63,17 +63,16 @@ def npz_array(path: Path, hashes: HashCache) -> ImageArray:
             hint = "; it holds statistics, which are a reference, not images" if "mu" in names else ""
             raise ValueError(f"has {', '.join(names) or 'nothing'}, but no arr_0{hint}")
         images = _mapped(path, "arr_0")
-        labels = torch.from_numpy(np.array(_mapped(path, "arr_1"))) if "arr_1" in names else None
-        _check(images.shape, str(images.dtype), labels)
+        labels = np.array(_mapped(path, "arr_1")) if "arr_1" in names else None
+        own = _checked(images.shape, str(images.dtype), labels)
     except (zipfile.BadZipFile, ValueError, OSError) as error:
         raise ValueError(f"{path}: {error}") from error
 
     def row(number: int) -> Tensor:
-        levels = torch.from_numpy(np.array(images[number]))
-        file.check()
-        return levels
+        with file.unchanged():
+            return torch.from_numpy(np.array(images[number]))
 
-    return ImageArray(images.shape, row, labels, {"kind": "npz", "count": len(images), "sha256": file.sha256})
+    return ImageArray(images.shape, row, own, {"kind": "npz", "count": len(images), "sha256": file.sha256})
 
 
 def safetensors_array(path: Path, hashes: HashCache) -> ImageArray:
@@ -85,29 +84,32 @@ def safetensors_array(path: Path, hashes: HashCache) -> ImageArray:
             if "images" not in names:
                 raise ValueError(f"has {', '.join(sorted(names)[:4]) or 'nothing'}, but no images")
             images = tensors.get_slice("images")
-            labels = tensors.get_tensor("labels") if "labels" in names else None
+            labels = tensors.get_tensor("labels").numpy() if "labels" in names else None
             shape, dtype = images.get_shape(), str(images.get_dtype())
-            _check(shape, {"U8": "uint8"}.get(dtype, dtype), labels)
+            own = _checked(shape, {"U8": "uint8"}.get(dtype, dtype), labels)
     except (SafetensorError, ValueError, OSError) as error:
         raise ValueError(f"{path}: {error}") from error
 
     def row(number: int) -> Tensor:
-        levels = images[number : number + 1][0]
-        file.check()
-        return levels
+        with file.unchanged():
+            return images[number : number + 1][0]
 
-    return ImageArray(shape, row, labels, {"kind": "safetensors", "count": shape[0], "sha256": file.sha256})
+    return ImageArray(shape, row, own, {"kind": "safetensors", "count": shape[0], "sha256": file.sha256})
 
 
-def _check(shape: Sequence[int], dtype: str, labels: Tensor | None) -> None:
+def _checked(shape: Sequence[int], dtype: str, labels: np.ndarray | None) -> Tensor | None:
+    """The labels, int64. Raises ValueError for images or labels that are not as `ImageArray` says."""
     if dtype != "uint8" or len(shape) != 4 or not min(shape) or not {shape[1], shape[3]} & {1, 3}:
         raise ValueError(
             f"its images are {dtype} {list(shape)}; accepted are uint8 [N, C, H, W] or [N, H, W, C] of 1 or 3 channels"
         )
-    if labels is not None and (
-        labels.shape != (shape[0],) or labels.is_floating_point() or bool((labels.long() < 0).any())
-    ):
-        raise ValueError(f"its labels are {labels.dtype} {list(labels.shape)}; accepted are whole numbers [{shape[0]}]")
+    if labels is None:
+        return None
+    if labels.dtype.kind not in "iu" or labels.shape != (shape[0],) or labels.min() < 0:
+        raise ValueError(
+            f"its labels are {labels.dtype} {list(labels.shape)}; accepted are classes [{shape[0]}] from 0"
+        )
+    return torch.from_numpy(labels.astype(np.int64))
 
 
 def _mapped(path: Path, name: str) -> np.ndarray:

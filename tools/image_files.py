@@ -52,8 +52,8 @@ class ImageFolder:
         """uint8 [C, H, W] each. Raises ValueError, naming the file, for one that is damaged, or not what was hashed."""
         images = []
         for file in (self._files[number] for number in numbers):
-            images.append(_decode(file.path, str(file.path), self._channels))
-            file.check()
+            with file.unchanged():
+                images.append(_decode(file.path, str(file.path), self._channels))
         return images
 
     def close(self) -> None:
@@ -86,10 +86,10 @@ class ImageZip:
     def read(self, numbers: Sequence[int]) -> list[Tensor]:
         """uint8 [C, H, W] each. Raises ValueError, naming the file, for one that is damaged, or not what was hashed."""
         images = []
-        for member in (self._members[number] for number in numbers):
-            with self._stream(member) as stream:
-                images.append(_decode(stream, self._name(member), self._channels))
-        self._file.check()
+        with self._file.unchanged():
+            for member in (self._members[number] for number in numbers):
+                with self._stream(member) as stream:
+                    images.append(_decode(stream, self._name(member), self._channels))
         return images
 
     def close(self) -> None:
@@ -174,5 +174,5 @@ def _check_depth(image: Any) -> None:
     """Pillow would cut 16 bits a channel to 8 without a word: by its mode if there is one channel, when it reads if
     there are more."""
     read_as = [str(tile[3]) for tile in getattr(image, "tile", [])]
-    if image.mode.startswith(("I", "F")) or any(";16" in mode or "16B" in mode for mode in read_as):
+    if image.mode.startswith(("I", "F")) or any(";16" in mode for mode in read_as):
         raise ValueError(f"it has more than 8 bits a channel (mode {image.mode}); accepted are 8")

@@ -166,8 +166,8 @@ class Generated:
     def _load(self) -> ImageGenerator:
         """Raises ValueError where the folder is not what was hashed; a run that trains has new checkpoints."""
         now = read_recipe(self.path, self.settings)
-        if now.files != self.recipe.files:
-            raise ValueError(f"{self.path}: has other files than when it was opened (a run that goes on?)")
+        if (now.files, now.settings) != (self.recipe.files, self.recipe.settings):
+            raise ValueError(f"{self.path}: is not what it was when it was opened (a run that goes on?)")
         generator = generator_of(self.recipe, self.device)
         for file in self.files:
             file.check()

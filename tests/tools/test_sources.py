@@ -1,97 +1,152 @@
+"""Sources: what they give is what was written or sampled, bit for bit, and their facts say what decides it."""
+
+import os
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 
 from distill.data import digits
+from distill.generate import load_generator
+from samplers import Gaussian
+from tests.distill.tiny import save_teacher
 from tools.features import quantise
-from tools.sources import Draw, Fixed, Generated, Source, image_folder
+from tools.sources import SourceSettings, open_source, write_png
 
 
-class Counter:
-    """A generator whose sample k of a seed is the constant image seed + k / 1000; it remembers its calls."""
-
-    nfe = 3
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[int, range]] = []
-
-    def labels(self, indices: range) -> torch.Tensor:
-        return torch.tensor([k % 10 for k in indices])
-
-    def __call__(self, seed: int, indices: range) -> torch.Tensor:
-        self.calls.append((seed, indices))
-        return torch.stack([torch.full((1, 2, 2), seed + k / 1000, dtype=torch.float64) for k in indices])
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_teacher(tmp_path_factory.mktemp("teacher") / "pipeline")
 
 
-def drawn(source: Source, n: int, draws: int, seed: int = 0) -> tuple[list[Draw], int]:
-    made: list[int] = []
-    return list(source.draws(n, draws, seed, made.append)), sum(made)
+@pytest.fixture(scope="module")
+def gaussian(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    half = digits("train")
+    file = tmp_path_factory.mktemp("gaussian") / "digits.safetensors"
+    Gaussian.fit([(half.images, half.labels)], n_classes=10).save(file)
+    return file
 
 
-def write(folder: Path, images: torch.Tensor) -> Path:
-    folder.mkdir(parents=True)
-    for k, image in enumerate(quantise(images)):
-        Image.fromarray(image.permute(1, 2, 0).squeeze(2).numpy()).save(folder / f"{k:04}.png")
-    return folder
+def facts(path: Path | str, **settings: Any) -> dict[str, Any]:
+    return open_source(path, SourceSettings(**settings)).facts
 
 
-def test_a_generator_makes_draw_j_from_seed_plus_j_in_batches_after_one_to_warm_up() -> None:
-    counter = Counter()
-    result, made = drawn(Generated(counter), 1100, 2, seed=7)
-    batches = [range(500), range(500, 1000), range(1000, 1100)]
-    assert counter.calls == [(7, range(500)), *[(seed, batch) for seed in (7, 8) for batch in batches]]
-    assert made == 2200
-    for j, draw in enumerate(result):
-        assert draw.images.dtype == torch.float32
-        torch.testing.assert_close(draw.images[:, 0, 0, 0], 7 + j + torch.arange(1100) / 1000)
-        assert torch.equal(draw.labels, torch.arange(1100) % 10)
-        assert draw.seconds > 0
-    assert Generated(counter).nfe == 3
+def test_the_digits_are_the_embedded_ones_in_their_order() -> None:
+    for name, split in (("digits", "train"), ("digits:held-out", "held-out")):
+        source, half = open_source(name), digits(split)
+        samples = source.read(3, [5, 0, 5])
+        assert torch.equal(torch.stack(samples.images), quantise(half.images[[5, 0, 5]]))
+        assert samples.labels.tolist() == half.labels[[5, 0, 5]].tolist()
+        assert (source.count, source.shape, source.n_classes, source.nfe) == (len(half), (1, 8, 8), 10, None)
+        with pytest.raises(ValueError, match=f"{name} has {len(half)} images, from 0"):
+            source.read(0, [len(half)])
+    assert facts("digits") != facts("digits:held-out")
 
 
-def test_fixed_images_are_dealt_into_disjoint_draws() -> None:
-    images = torch.arange(100.0).reshape(100, 1, 1, 1)
-    result, made = drawn(Fixed(images, torch.arange(100)), 30, 5)
-    assert [len(draw.images) for draw in result] == [30, 30, 30]
-    assert made == 90
-    values = torch.cat([draw.images.flatten() for draw in result])
-    assert len(values.unique()) == 90
-    assert not torch.equal(values, values.sort().values)
-    assert torch.equal(values.long(), torch.cat([draw.labels for draw in result]))
-
-    again, other = drawn(Fixed(images), 30, 1)[0][0], drawn(Fixed(images), 30, 1, seed=1)[0][0]
-    assert torch.equal(again.images, result[0].images)
-    assert not torch.equal(other.images, result[0].images)
+def test_a_models_images_are_its_samples_as_a_png_would_hold_them(teacher: Path, tmp_path: Path) -> None:
+    source = open_source(teacher, SourceSettings("euler", 3, 1.5))
+    samples, expected = source.read(7, range(6)), load_generator(teacher, "euler", 3, 1.5)(7, range(6))
+    assert torch.equal(torch.stack(samples.images), (127.5 * expected + 128).floor().clamp(0, 255).to(torch.uint8))
+    assert samples.labels.tolist() == list(range(6))
+    assert (source.count, source.shape, source.n_classes, source.nfe) == (None, (1, 8, 8), 10, 6)
+    for k, image in enumerate(samples.images):
+        write_png(tmp_path / f"{k}.png", image)
+    assert torch.equal(torch.stack(open_source(tmp_path).read(0, range(6)).images), torch.stack(samples.images))
 
 
-def test_too_few_fixed_images_are_one_draw_of_all() -> None:
-    (draw,), _ = drawn(Fixed(torch.arange(20.0).reshape(20, 1, 1, 1)), 30, 3)
-    assert draw.images.flatten().sort().values.tolist() == list(range(20))
-    assert draw.seconds is None
+def test_a_sample_has_the_same_bits_in_any_batch_of_the_same_size(teacher: Path) -> None:
+    source = open_source(teacher, SourceSettings("ancestral", 3))
+    first, second = (torch.stack(source.read(1, numbers).images) for numbers in (range(8), [3, 9, 4, 0, 11, 5, 6, 7]))
+    assert torch.equal(second[[0, 2, 3, 5, 6, 7]], first[[3, 4, 0, 5, 6, 7]])
+    source.close()
+    assert torch.equal(torch.stack(source.read(1, range(8)).images), first)
+    assert not torch.equal(torch.stack(source.read(2, range(8)).images), first)
 
 
-def test_a_folder_of_pngs_is_the_images_it_was_written_from(tmp_path) -> None:
-    images = digits("held-out").images[:20]
-    assert torch.equal(quantise(image_folder(write(tmp_path / "grey", images)).images), quantise(images))
-    colour = torch.rand(5, 3, 6, 6, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    assert torch.equal(quantise(image_folder(write(tmp_path / "rgb", colour)).images), quantise(colour))
+def test_equal_facts_are_of_equal_images_wherever_the_folder_lies(
+    teacher: Path, gaussian: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(teacher, tmp_path / "copy")
+    own = [
+        facts(teacher, **settings)
+        for settings in (
+            {},
+            {"steps": 4},
+            {"sampler": "euler"},
+            {"guidance": 2.0},
+            {"teleport": str(gaussian), "sigma_skip": 3.0},
+            {"teleport": str(gaussian), "sigma_skip": 4.0},
+        )
+    ]
+    assert all(a != b for i, a in enumerate(own) for b in own[:i])
+    assert facts(tmp_path / "copy") == own[0] == facts(teacher, tolerance=0.2)
+    shutil.copy(gaussian, tmp_path / "g")
+    assert facts(tmp_path / "copy", teleport=str(tmp_path / "g"), sigma_skip=3) == own[4]
+    (tmp_path / "copy/README.md").write_text("Another card")
+    (tmp_path / "copy/unet/diffusion_pytorch_model.bin").write_bytes(b"never read")
+    assert facts(tmp_path / "copy") == own[0]
+    assert facts(save_teacher(tmp_path / "other", seed=1)) != own[0]
+    text = str(own)
+    assert "pipeline" not in text.replace("pipeline_", "")
+    assert str(teacher.parent) not in text
 
 
-def test_folders_that_would_need_resizing_or_reading_raise(tmp_path) -> None:
-    folder = write(tmp_path / "a", torch.zeros(3, 1, 8, 8))
-    Image.new("L", (16, 16)).save(folder / "z.png")
-    with pytest.raises(ValueError, match=r"z\.png is 16x16, not 8x8"):
-        image_folder(folder)
-    Image.new("L", (8, 4)).save(folder / "z.png")
-    with pytest.raises(ValueError, match=r"z\.png is 8x4, not 8x8"):
-        image_folder(folder)
-    (folder / "z.png").write_bytes(b"\x89PNG but not really")
-    with pytest.raises(ValueError, match=r"z\.png cannot be read"):
-        image_folder(folder)
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="empty has no images"):
-        image_folder(tmp_path / "empty")
-    with pytest.raises(ValueError, match="nowhere is not a folder"):
-        image_folder(tmp_path / "nowhere")
+def test_a_student_is_the_same_whatever_the_sampler(tmp_path: Path) -> None:
+    folder = save_teacher(tmp_path / "student")
+    file = folder / "distill.json"
+    file.write_text(file.read_text().replace('"teacher"', '"student"'))
+    known = [facts(folder, **settings) for settings in ({}, {"sampler": "euler", "steps": 3, "guidance": 2.0})]
+    assert known[0] == known[1]
+    assert "sampler" not in known[0]
+    assert open_source(folder).nfe == 1
+
+
+def test_no_network_is_read_before_the_first_image(teacher: Path, tmp_path: Path) -> None:
+    shutil.copytree(teacher, tmp_path / "broken")
+    (tmp_path / "broken/unet/diffusion_pytorch_model.safetensors").write_bytes(b"not weights")
+    source = open_source(tmp_path / "broken")
+    assert source.nfe == 35
+    with pytest.raises(ValueError, match=r"unet: cannot be read"):
+        source.read(0, range(2))
+
+
+def test_a_model_that_changes_after_it_was_opened_is_refused(teacher: Path, gaussian: Path, tmp_path: Path) -> None:
+    shutil.copytree(teacher, tmp_path / "pipeline")
+    weights = tmp_path / "pipeline/unet/diffusion_pytorch_model.safetensors"
+    source = open_source(tmp_path / "pipeline")
+    shutil.copy(save_teacher(tmp_path / "other", seed=1) / "unet" / weights.name, weights)
+    os.utime(weights, ns=(0, 1))
+    with pytest.raises(ValueError, match=r"model\.safetensors: has changed since it was hashed"):
+        source.read(0, range(2))
+
+    source = open_source(tmp_path / "pipeline", SourceSettings(teleport=str(gaussian), sigma_skip=3.0))
+    (tmp_path / "pipeline/unet/extra.json").write_text("{}")
+    with pytest.raises(ValueError, match="is not what it was when it was opened"):
+        source.read(0, range(2))
+
+
+def test_paths_and_settings_that_are_none_are_refused_at_once(teacher: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("words")
+    for path in (tmp_path / "nowhere", tmp_path / "notes.txt"):
+        with pytest.raises(ValueError, match=rf"source: .*{path.name}' is no folder, nor a file of images"):
+            open_source(path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.yaml").write_text("command: teach\n")
+    with pytest.raises(ValueError, match="this run has not finished"):
+        open_source(tmp_path / "run")
+    with pytest.raises(ValueError, match="device: 'abacus'"):
+        open_source(teacher, device="abacus")
+    with pytest.raises(ValueError, match=r"prompts: .* has no use for words"):
+        open_source(teacher, SourceSettings(prompts="words.txt"))
+    for settings, message in (
+        ({"sampler": "eulr"}, "sampler: 'eulr'; accepted are euler, heun"),
+        ({"steps": 0}, "steps: 0; accepted are whole numbers from 1"),
+        ({"steps": 2.5}, "steps: 2.5"),
+        ({"guidance": float("nan")}, "guidance: nan"),
+        ({"tolerance": 0.0}, "tolerance: 0.0"),
+        ({"sigma_skip": 3.0}, "sigma_skip: 3.0; accepted are positive levels, with a Gaussian to jump by"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            SourceSettings(**settings)
