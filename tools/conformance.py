@@ -32,11 +32,6 @@ from tools.statistics import FeatureStatistics
 
 TIME_LIMIT = 20.0  # seconds; the slowest case takes an implementation that works 0.1
 STARTING = 120.0  # seconds until the process is there and has imported the implementation
-    "tools.conformance_cases",
-    "tools.frechet",
-    "cleanfid.fid",
-    "torchmetrics.image.fid",
-]  # then, a case is a fork
 
 
 @dataclass(frozen=True)
