@@ -1,12 +1,13 @@
 """Evaluation: what a number of samples is worth, and how sure that is.
 
-statistics.py         streaming mean and covariance of features; reads and writes clean-fid's .npz
-metrics.py            Fréchet distance, precision and recall, class entropy: tensors in, numbers out
-features.py           images -> features, under a name that says how they were prepared
-digits_classifier.py  the small classifier whose features judge the embedded digits, and how it is trained
-sources.py            where images come from: a folder, the digits, a generator
-scores.py             all the numbers of one set of images; their mean and spread over draws; tables
-fid.py                the `distill-fid` command        atomic.py   a file is whole or it is not there
+numbers    statistics.py streaming mean and covariance, clean-fid's .npz; frechet.py, pairwise.py (gram.py, kernels.py,
+           neighbours.py), vendi.py, classes.py the metrics; jackknife.py their errors; metrics.py all of them at once;
+           streaming.py as torchmetrics; conformance.py inputs that break other implementations
+features   features.py (presets.py, resize.py, inception.py, vision.py, imported.py, arithmetic.py) images -> features,
+           under a name that says how; digits_classifier.py the judge of the embedded digits
+sources    sources.py (image_files.py, image_arrays.py) images from files, archives, runs, pipelines; digest.py hashes
+batches    manifest.py what is asked for; jobs.py keys; cache.py chunks; workers.py who does it; results.py, report.py,
+           verification.py what comes of it (provenance.py); fid.py the `distill-fid` command
 
 The public names below are imported when they are first used, so that `distill-fid --help` needs no torch.
 """
@@ -15,26 +16,64 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tools.classes import class_entropy as class_entropy
+    from tools.classes import inception_score as inception_score
     from tools.digits_classifier import DigitsClassifier as DigitsClassifier
-    from tools.features import EXTRACTORS as EXTRACTORS
-    from tools.features import Features as Features
+    from tools.features import Extractor as Extractor
+    from tools.features import load_extractor as load_extractor
     from tools.frechet import frechet_distance as frechet_distance
-    from tools.metrics import class_entropy as class_entropy
-    from tools.metrics import precision_recall as precision_recall
-    from tools.scores import Reference as Reference
-    from tools.scores import score as score
+    from tools.frechet import frechet_estimate as frechet_estimate
+    from tools.jackknife import Estimate as Estimate
+    from tools.manifest import Manifest as Manifest
+    from tools.manifest import read_manifest as read_manifest
+    from tools.metrics import Reference as Reference
+    from tools.metrics import evaluate as evaluate
+    from tools.pairwise import density_coverage as density_coverage
+    from tools.pairwise import kernel_distance as kernel_distance
+    from tools.pairwise import precision_recall as precision_recall
+    from tools.presets import PRESETS as PRESETS
+    from tools.results import Result as Result
+    from tools.results import compare as compare
+    from tools.results import read_results as read_results
+    from tools.sources import SourceSettings as SourceSettings
+    from tools.sources import open_source as open_source
     from tools.statistics import FeatureStatistics as FeatureStatistics
+    from tools.streaming import FrechetMetric as FrechetMetric
+    from tools.streaming import InceptionScoreMetric as InceptionScoreMetric
+    from tools.streaming import PairwiseMetric as PairwiseMetric
+    from tools.streaming import VendiMetric as VendiMetric
+    from tools.vendi import vendi_score as vendi_score
+    from tools.workers import run_batch as run_batch
 
 _HOMES = {
     "DigitsClassifier": "tools.digits_classifier",
-    "EXTRACTORS": "tools.features",
+    "Estimate": "tools.jackknife",
+    "Extractor": "tools.features",
     "FeatureStatistics": "tools.statistics",
-    "Features": "tools.features",
-    "Reference": "tools.scores",
-    "class_entropy": "tools.metrics",
+    "FrechetMetric": "tools.streaming",
+    "InceptionScoreMetric": "tools.streaming",
+    "Manifest": "tools.manifest",
+    "PRESETS": "tools.presets",
+    "PairwiseMetric": "tools.streaming",
+    "Reference": "tools.metrics",
+    "Result": "tools.results",
+    "SourceSettings": "tools.sources",
+    "VendiMetric": "tools.streaming",
+    "class_entropy": "tools.classes",
+    "compare": "tools.results",
+    "density_coverage": "tools.pairwise",
+    "evaluate": "tools.metrics",
     "frechet_distance": "tools.frechet",
-    "precision_recall": "tools.metrics",
-    "score": "tools.scores",
+    "frechet_estimate": "tools.frechet",
+    "inception_score": "tools.classes",
+    "kernel_distance": "tools.pairwise",
+    "load_extractor": "tools.features",
+    "open_source": "tools.sources",
+    "precision_recall": "tools.pairwise",
+    "read_manifest": "tools.manifest",
+    "read_results": "tools.results",
+    "run_batch": "tools.workers",
+    "vendi_score": "tools.vendi",
 }
 __all__ = sorted(_HOMES)
 

@@ -3,7 +3,6 @@
 Finished parts are kept in a folder and not made again. Times are of one process beside whatever else runs.
 """
 
-import json
 import math
 import statistics
 import subprocess
@@ -16,6 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from tools.bench_toys import COMPARED
+from tools.digits_score import METRICS
+from tools.report import rows_of
+from tools.results import read_results
 
 BARS = {  # of the foundation: the student against its teacher
     "fd": ("FD, ratio to the teacher's", "at most", 1.25),
@@ -23,7 +25,6 @@ BARS = {  # of the foundation: the student against its teacher
     "recall": ("recall, ratio", "at least", 0.9),
     "class_entropy": ("class entropy", "at least", 0.98),
 }
-METRICS = ("fd", "pixel_fd", "precision", "recall", "class_entropy", "class_accuracy")
 ADVERSARIAL_WEIGHT = 0.03
 
 
@@ -45,9 +46,16 @@ def teacher(folder: Path, seed: int) -> float:
     return timed(own, "teacher", *command, f"--run={own}/teacher", "--resume")
 
 
-def summaries(file: Path) -> dict[str, Any]:
-    """The entries of a file of scores, by name."""
-    return {entry["name"]: entry for entry in json.loads(file.read_text())["entries"]}
+def summaries(folder: Path) -> dict[str, Any]:
+    """By name: the mean and standard deviation of every metric over the draws of a folder of scores."""
+    return {
+        row.name: {
+            "summary": {name: row.spread(*place) for name, place in METRICS.items()},
+            "images_per_second": statistics.fmean(r.provenance["images_per_second"] for r in row.results),
+            "nfe": row.results[0].nfe,
+        }
+        for row in rows_of(read_results([folder]))
+    }
 
 
 def digits(folder: Path, seed: int, config: str) -> dict[str, Any]:
@@ -56,9 +64,9 @@ def digits(folder: Path, seed: int, config: str) -> dict[str, Any]:
     seconds = {"teacher": teacher(folder, seed)}
     command = ("distill.cli", "train", "--config", config, f"--seed={seed}", f"--teacher.path={own}/teacher")
     seconds["student"] = timed(own, "student", *command, f"--run={own}/student", "--resume")
-    scored = (f"teacher={own}/teacher", f"student={own}/student", "--out", f"{own}/scores.json")
+    scored = (f"teacher={own}/teacher", f"student={own}/student", "--out", f"{own}/scores")
     timed(own, "scores", "tools.fid", "score", *scored)
-    return summaries(own / "scores.json") | {"seconds": seconds}
+    return summaries(own / "scores") | {"seconds": seconds}
 
 
 def digits_table(seeds: list[int], results: list[dict[str, Any]]) -> str:
@@ -71,15 +79,15 @@ def digits_table(seeds: list[int], results: list[dict[str, Any]]) -> str:
         for name in ("teacher", "student"):
             entry = result[name]
             numbers = [entry["summary"][metric] for metric in METRICS]
-            cells = " | ".join(f"{value['mean']:.3f} ± {value['std']:.3f}" for value in numbers)
-            speed = statistics.fmean(entry["images_per_second"])
+            cells = " | ".join(f"{value.mean:.3f} ± {value.spread:.3f}" for value in numbers)
+            speed = entry["images_per_second"]
             lines.append(
                 f"| {seed} | {name} | {cells} | {entry['nfe']} | {speed:.0f} | {result['seconds'][name]:.0f} |"
             )
     lines += ["", "| bar | mean over seeds | worst seed | bar | met |", "|:--|--:|--:|--:|:--|"]
     for metric, (title, direction, bar) in BARS.items():
-        student = [result["student"]["summary"][metric]["mean"] for result in results]
-        taught = [result["teacher"]["summary"][metric]["mean"] for result in results]
+        student = [result["student"]["summary"][metric].mean for result in results]
+        taught = [result["teacher"]["summary"][metric].mean for result in results]
         relative = metric != "class_entropy"
         values = [s / t if relative else s for s, t in zip(student, taught, strict=True)]
         worst = max(values) if direction == "at most" else min(values)
@@ -113,11 +121,11 @@ def compare(
     def score(seed: int) -> dict[str, Any]:
         own = folder / f"seed-{seed}/compare"
         names = [arm_name(*arm) for arm in arms]
-        file = own / f"scores-{len(names)}.json"
+        kept = own / f"scores-{len(names)}"
         scored = [f"{name}={own}/{name}" for name in names]
-        timed(own, file.stem, "tools.fid", "score", *scored, "--out", str(file))
+        timed(own, kept.name, "tools.fid", "score", *scored, "--out", str(kept))
         seconds = {name: float((own / f"{name}.seconds").read_text()) for name in names}
-        return summaries(file) | {"seconds": seconds}
+        return summaries(kept) | {"seconds": seconds}
 
     with ThreadPoolExecutor(jobs) as pool:
         list(pool.map(lambda seed: teacher(folder, seed), seeds))
@@ -139,8 +147,8 @@ def compare_table(results: list[dict[str, Any]], arms: Sequence[tuple[str, bool]
     for divergence, adversarial in sorted(arms, key=lambda arm: arm[1]):
         name, cells = arm_name(divergence, adversarial), []
         for metric in shown:
-            values = [result[name]["summary"][metric]["mean"] for result in results]
-            control = [result["reverse-kl"]["summary"][metric]["mean"] for result in results]
+            values = [result[name]["summary"][metric].mean for result in results]
+            control = [result["reverse-kl"]["summary"][metric].mean for result in results]
             differences = [a - b for a, b in zip(values, control, strict=True)]
             error = statistics.stdev(differences) / math.sqrt(len(values)) if len(values) > 1 else math.nan
             cells += [f"{statistics.fmean(values):.3f}", f"{statistics.fmean(differences):+.3f} ± {error:.3f}"]

@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from distill.data import digits
 from distill.particles import ParticleGenerator, TargetChoice
 from distill.pictures import side_by_side
 from distill.teacher import Teacher, pipeline_folder
@@ -40,7 +39,7 @@ from samplers.weighted_path import WeightedPath
 from tools.bench_digits import teacher as train_teacher
 from tools.bench_particles import NAIVE, NEVER, Figure
 from tools.digits_classifier import DigitsClassifier, log_probability, train
-from tools.scores import Reference, score
+from tools.digits_score import DigitsJudge
 
 STEPS, PARTICLES = 50, 8
 ALWAYS_SCORE = Corrector(form="score", resampling=Resampling(threshold=1.0))
@@ -53,7 +52,7 @@ def digits_tables(folder: Path, teachers: Path, seeds: int = 3, n: int = 200) ->
     """Quality of every target with and without weights, the noise of the trace, and the picture of the README."""
     train_teacher(teachers, 0)
     model = Teacher.load(pipeline_folder(teachers / "seed-0/teacher"))
-    reference, judge = Reference.of(digits("held-out").images), train(seed=1)
+    numbers, judge = DigitsJudge.load(), train(seed=1)
     lines = [
         f"Digits teacher, {STEPS} steps, {n} images, {seeds} seeds, against held-out digits",
         "",
@@ -63,7 +62,7 @@ def digits_tables(folder: Path, teachers: Path, seeds: int = 3, n: int = 200) ->
     for name, choice, guidance in arms():
         for particles in (1,) if name == MODEL else (1, PARTICLES):
             generator = generator_of(model, replace(choice, particles=particles), guidance)
-            runs = [_judged(generator, seed, n, reference, judge) for seed in range(seeds)]
+            runs = [_judged(generator, seed, n, numbers, judge) for seed in range(seeds)]
             cells = [str(Figure([run[metric] for run in runs])) for metric in METRICS]
             lines.append(f"| {name} | {particles} | {' | '.join(cells)} | {generator.lowest_ess:.1f} |")
     draw_picture(model, folder / "particles-digits.png")
@@ -93,13 +92,13 @@ def generator_of(model: Teacher, choice: TargetChoice, guidance: float) -> Parti
 
 
 def _judged(
-    generator: ParticleGenerator, seed: int, n: int, reference: Reference, judge: DigitsClassifier
+    generator: ParticleGenerator, seed: int, n: int, numbers: DigitsJudge, judge: DigitsClassifier
 ) -> dict[str, float]:
     images, labels = generator(seed, range(n)), generator.labels(range(n))
     assert labels is not None
-    found = score(images, reference, labels)
+    found = numbers(images, labels)
     accuracy = float((judge.predict(images) == labels).double().mean())
-    return {"accuracy": accuracy, **{name: getattr(found, name) for name in METRICS[1:]}}
+    return {"accuracy": accuracy, **{name: found[name] for name in METRICS[1:]}}
 
 
 def products_table(model: Teacher, seeds: int, judge: DigitsClassifier, n: int = 60) -> str:

@@ -41,7 +41,7 @@ from samplers import (
 from samplers.atomic import atomic_write
 from samplers.solvers import Generator
 from tools.bench_digits import teacher as train_teacher
-from tools.scores import Reference, score
+from tools.digits_score import DigitsJudge
 
 EVALUATIONS = (4, 6, 8, 10, 15, 20, 35)
 SAVING = ((6, 4), (10, 6), (15, 10), (20, 10), (35, 20))  # plain against teleported: 33 to 50 % fewer
@@ -99,7 +99,7 @@ def end(case: Case, name: str, jump: bool, evaluations: int, x: Tensor, cond: An
 
 
 def measure(
-    folder: Path, case: Case, seed: int, n: int, reference: Reference | None, scored: int, fine: int
+    folder: Path, case: Case, seed: int, n: int, judge: DigitsJudge | None, scored: int, fine: int
 ) -> list[dict[str, Any]]:
     """Every arm at every number of evaluations, from the same n (for errors) and `scored` (for scores) starts; kept."""
     rows = []
@@ -117,9 +117,10 @@ def measure(
             errors = (made[:n] - exact).flatten(1).square().mean(1).sqrt()
             row: dict[str, Any] = {"solver": name, "jump": jump, "nfe": evaluations, "seed": seed}
             row |= {"error": float(errors.square().mean().sqrt()), "median": float(errors.median())}
-            if reference is not None:
-                judged = score(made[:scored], reference, cond[:scored])
-                row |= {"fd": judged.fd, "pixel_fd": judged.pixel_fd, "recall": judged.recall}
+            if judge is not None:
+                assert cond is not None
+                judged = judge(made[:scored], cond[:scored])
+                row |= {name: judged[name] for name in ("fd", "pixel_fd", "recall")}
             folder.mkdir(parents=True, exist_ok=True)
             with atomic_write(file) as out:
                 out.write(json.dumps(row).encode())
@@ -200,11 +201,11 @@ def digits_tables(folder: Path, seeds: Sequence[int], teachers: Path, n: int = 1
     """Errors, distances and recall on the digits teacher (seed 0) without and with guidance, by seeds of the noise."""
     train_teacher(teachers, 0)
     held_out = digits("held-out")
-    reference = Reference.of(held_out.images)
+    judge = DigitsJudge.load()
     parts = []
     for guidance in (1.0, 2.0):
         case = digits_case(teachers / "seed-0/teacher", guidance)
-        rows = [row for seed in seeds for row in measure(folder, case, seed, n, reference, scored, 80)]
+        rows = [row for seed in seeds for row in measure(folder, case, seed, n, judge, scored, 80)]
         parts.append(error_table(rows, f"{case.name}: sigma {case.sigma_max:g} -> {case.sigma_skip:.2f}"))
         parts.append(residual_table(case, held_out.images, held_out.labels))
         parts += [error_table(rows, name, name) for name in ("fd", "pixel_fd", "recall")]

@@ -18,6 +18,7 @@ from tools.jackknife import BLOCKS, Estimate, jackknife, of_blocks
 from tools.statistics import FeatureStatistics
 
 ENOUGH = 8  # samples a feature: below, the intervals cover less than they say
+NEGATIVE = 1e-4  # of the trace: float32 statistics are indefinite by 1e-6 of it
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,8 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> FrechetDista
     S1 S2 is never formed: its square root is where complex and negative distances come from. Equal statistics
     give exactly 0; otherwise rounding is about 1e-14 of the traces, and a trace term below 0 by that much is 0.
 
-    Raises ValueError for unequal dim, other extractors, fewer than two rows, or values that are not finite.
+    Raises ValueError for unequal dim, other extractors, fewer than two rows, values that are not finite, or a matrix
+    with a negative eigenvalue.
     """
     if a.dim != b.dim:
         raise ValueError(f"dim: statistics of {a.dim} and of {b.dim} features have no distance")
@@ -123,8 +125,14 @@ def _even_exponent(covariance: Tensor) -> int:
 
 
 def _factor(covariance: Tensor) -> Tensor:
-    """A [d, rank] with A A^T = covariance: Cholesky with complete pivoting, which finds the rank (LAPACK dpstrf)."""
+    """A [d, rank] with A A^T = covariance: Cholesky with complete pivoting, which finds the rank (LAPACK dpstrf).
+
+    It stops at the first pivot that is not positive. Raises ValueError where what is left then is not rounding.
+    """
     factor, pivots, rank, _ = lapack.dpstrf(covariance.numpy(), lower=1)
     rows: NDArray[np.float64] = np.empty((len(pivots), rank))
     rows[pivots - 1] = np.tril(factor)[:, :rank]
+    trace = float(covariance.trace())
+    if abs(trace - float(np.square(rows).sum())) > NEGATIVE * trace:
+        raise ValueError("sigma: not a covariance (an eigenvalue is clearly negative)")
     return torch.from_numpy(rows)

@@ -1,82 +1,141 @@
-"""Distances between sets of features, as closed formulas: tensors or statistics in, numbers out.
+"""All numbers of one set of features against a reference: every metric by its name, what they share computed once.
 
-Fréchet: Heusel et al. 2017, "GANs trained by a two time-scale update rule", eq. 6.
-Precision and recall: Kynkäänniemi et al. 2019, "Improved precision and recall metric", eq. 1-3.
+The formulas and their sources are in frechet.py, pairwise.py, vendi.py and classes.py.
 """
 
-import math
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-DISTANCE_BLOCK = 1024  # rows of a distance matrix held at once
+from tools.classes import class_accuracy, class_entropy, inception_score
+from tools.frechet import frechet_estimate
+from tools.jackknife import Estimate, of_blocks
+from tools.manifest import DEFAULT_METRICS, METRIC_NAMES
+from tools.pairwise import pairwise
+from tools.statistics import FeatureStatistics
+from tools.vendi import vendi_score
+
+_MANIFOLD = ("precision", "recall", "density", "coverage")  # they rise or fall with the number of samples
+NEEDS_ROWS = ("kd", "clip-mmd", *_MANIFOLD)  # of the reference
+_LOGITS = ("inception-score", "class-entropy", "class-accuracy")
 
 
 @dataclass(frozen=True)
-class PrecisionRecall:
-    """Shares in [0, 1]: of the fake rows that look real, and of the real rows that the fake ones cover."""
+class Reference:
+    """What samples are compared with: statistics, and the rows [M, d] that they are of, where those are known.
 
-    precision: float
-    recall: float
-
-
-def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> PrecisionRecall:
-    """How much of `fake` [M, d] lies on the manifold of `real` [N, d], and the other way round.
-
-    A set's manifold is the union of balls around its points, each as wide as the way to its k-th neighbour.
-    Distances are float32, after the common mean is taken off: uncentred they lose digits that decide.
-
-    Raises ValueError for other shapes, NaN or infinite values, or k not in 1 ... min(N, M) - 1.
+    The rows are in no order that means anything: metrics that need as many as there are samples take the first.
     """
-    for name, features in (("real", real), ("fake", fake)):
-        if features.ndim != 2 or features.shape[1] != real.shape[-1]:
-            raise ValueError(f"{name}: shape {list(features.shape)} is not [N, {real.shape[-1]}]")
-        bad = int((~features.isfinite().all(dim=1)).sum())
-        if bad:
-            raise ValueError(f"{name}: {bad} of {len(features)} rows have NaN or infinite values")
-    if not 1 <= k < min(len(real), len(fake)):
-        raise ValueError(f"k: {k} neighbours, of {len(real)} real and {len(fake)} fake rows (1 to the fewer - 1)")
 
-    centre = torch.cat([real, fake]).double().mean(dim=0)
-    real, fake = (real.double() - centre).float(), (fake.double() - centre).float()
-    real_radii, fake_radii = _squared_radii(real, k), _squared_radii(fake, k)
+    statistics: FeatureStatistics
+    rows: Tensor | None = None
 
-    covered = 0
-    on_real = torch.zeros(len(fake), dtype=torch.bool, device=fake.device)
-    for start in range(0, len(real), DISTANCE_BLOCK):
-        block = slice(start, start + DISTANCE_BLOCK)
-        distances = _squared_distances(real[block], fake)
-        on_real |= (distances <= real_radii[block, None]).any(dim=0)
-        covered += int((distances <= fake_radii).any(dim=1).sum())
-    return PrecisionRecall(float(on_real.double().mean()), covered / len(real))
+    @classmethod
+    def of(cls, rows: Tensor, extractor: str | None = None) -> "Reference":
+        """Of features [M, d]. Raises ValueError for fewer than two, not finite, or all the same."""
+        statistics = FeatureStatistics(rows.shape[-1], extractor)
+        statistics.update(rows)
+        if not statistics.covariance.trace() > 0:
+            raise ValueError(f"reference: all {len(rows)} samples have the same features ({extractor})")
+        return cls(statistics, rows)
 
 
-def _squared_radii(points: Tensor, k: int) -> Tensor:
-    """[N]: the squared distance of each point to its k-th neighbour among the others."""
-    radii = []
-    for start in range(0, len(points), DISTANCE_BLOCK):
-        distances = _squared_distances(points[start : start + DISTANCE_BLOCK], points)
-        distances.diagonal(offset=start).fill_(math.inf)  # a point is not its own neighbour
-        radii.append(distances.kthvalue(k, dim=1).values)
-    return torch.cat(radii)
+def evaluate(
+    features: Tensor,
+    reference: Reference,
+    metrics: Sequence[str] = DEFAULT_METRICS,
+    *,
+    logits: Tensor | None = None,
+    labels: Tensor | None = None,
+    device: torch.device | str | None = None,
+) -> dict[str, Estimate]:
+    """The metrics of features [N, d], each with what is known of its error, in the order they are asked for.
 
-
-def _squared_distances(x: Tensor, y: Tensor) -> Tensor:
-    squares = x.square().sum(dim=1)[:, None] + y.square().sum(dim=1)
-    return torch.addmm(squares, x, y.T, alpha=-2).clamp(min=0)
-
-
-def class_entropy(labels: Tensor, n_classes: int) -> float:
-    """The entropy of the histogram of labels [N] over ln n_classes: 1 when all classes are equally frequent.
-
-    Raises ValueError for no labels, fewer than two classes, or a label outside 0 ... n_classes - 1.
+    logits [N, C]: of the extractor's own classifier, for the three metrics of classes; labels [N]: what was asked of
+    the generator, for class-accuracy. Row k is sample k, which decides its jackknife block. Precision, recall, density
+    and coverage use the first min(N, M) rows of both sides. device: where pairs are compared (None: where they are).
+    Raises ValueError for unknown metrics, metrics that need what is not there, and features that do not fit.
     """
-    if n_classes < 2:
-        raise ValueError(f"n_classes: {n_classes} (2 or more)")
-    if labels.ndim != 1 or not len(labels):
-        raise ValueError(f"labels: shape {list(labels.shape)} is not [N] with N of 1 or more")
-    if labels.min() < 0 or labels.max() >= n_classes:
-        raise ValueError(f"labels: {int(labels.min())} to {int(labels.max())} are not all in 0 to {n_classes - 1}")
-    shares = torch.bincount(labels.cpu(), minlength=n_classes).double() / len(labels)
-    return float(torch.special.entr(shares).sum()) / math.log(n_classes)
+    for name in metrics:
+        if name.partition("@")[0] not in METRIC_NAMES:
+            raise ValueError(f"metrics: {name!r}; accepted are {', '.join(METRIC_NAMES)} and vendi@ORDER")
+    _check_needs(metrics, reference, logits, labels)
+    n = len(features)
+    blocks = of_blocks(None, n) if n >= 20 else None
+    found = _pairs(features, reference, [name for name in metrics if name in NEEDS_ROWS], blocks, device)
+
+    if {"fd", "relative-fd"} & set(metrics):
+        found["fd"] = frechet_estimate(features, reference.statistics, blocks)
+        found["relative-fd"] = _scaled(found["fd"], 100 / float(reference.statistics.covariance.trace()))
+    for name in metrics:
+        base, _, order = name.partition("@")
+        if base == "vendi":
+            found[name] = vendi_score(features, float(order or 1))
+        elif name == "inception-score":
+            assert logits is not None
+            found[name] = inception_score(logits, blocks)
+        elif name == "class-entropy":
+            assert logits is not None
+            found[name] = Estimate(class_entropy(logits.argmax(1), logits.shape[1]))
+        elif name == "class-accuracy":
+            assert logits is not None
+            assert labels is not None
+            found[name] = class_accuracy(logits.argmax(1), labels)
+    return {name: found[name] for name in metrics}
+
+
+def _check_needs(metrics: Sequence[str], reference: Reference, logits: Tensor | None, labels: Tensor | None) -> None:
+    for name in metrics:
+        if name in NEEDS_ROWS and reference.rows is None:
+            raise ValueError(f"metrics: {name} needs the reference's images; statistics alone are not enough")
+        if name in _LOGITS and logits is None:
+            raise ValueError(
+                f"metrics: {name} needs an extractor that classifies ({reference.statistics.extractor} does not)"
+            )
+        if name == "class-accuracy" and labels is None:
+            raise ValueError("metrics: class-accuracy needs samples that were asked for by class")
+        if name == "relative-fd" and not reference.statistics.covariance.trace() > 0:
+            raise ValueError("metrics: relative-fd needs a reference that varies")
+
+
+def _pairs(
+    fake: Tensor, reference: Reference, asked: Collection[str], blocks: Tensor | None, device: torch.device | str | None
+) -> dict[str, Estimate]:
+    """One pass over the pairs; two where the sides differ in number and both kinds are asked for."""
+    if not asked:
+        return {}
+    assert reference.rows is not None
+    real, m = reference.rows, min(len(fake), len(reference.rows))
+    manifold = [name for name in asked if name in _MANIFOLD]
+    passes = [(list(asked), len(real), len(fake))]
+    if len(real) != len(fake) and manifold:
+        passes = [([name for name in asked if name not in _MANIFOLD], len(real), len(fake)), (manifold, m, m)]
+    found: dict[str, Estimate] = {}
+    for names, rows, samples in passes:
+        if names:
+            own = None if blocks is None else blocks[:samples]
+            result = pairwise(real[:rows], fake[:samples], asked=names, blocks=own, device=device)
+            for name in names:
+                estimate = getattr(result, {"kd": "kernel_distance", "clip-mmd": "mmd"}.get(name, name))
+                assert estimate is not None
+                found[name] = estimate
+    return found
+
+
+def _scaled(estimate: Estimate, factor: float) -> Estimate:
+    """The estimate of a number that is `factor` times as large."""
+
+    def times(value: float | None) -> float | None:
+        return None if value is None else value * factor
+
+    interval, left = estimate.interval, estimate.leave_one_out
+    return replace(
+        estimate,
+        value=estimate.value * factor,
+        standard_error=times(estimate.standard_error),
+        debiased=times(estimate.debiased),
+        interval=interval and (interval[0] * factor, interval[1] * factor),
+        leave_one_out=left and tuple(value * factor for value in left),
+    )

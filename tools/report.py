@@ -1,70 +1,208 @@
-"""What was measured, as a Markdown table for people and as JSON for programs."""
+"""Results as a Markdown table for people, as CSV for spreadsheets, and as pictures of quality against evaluations.
 
-import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+All of them are made from result files only. A row of the table is one point of the matrix over its draws: the mean, and
+how far a single draw lies from it (the standard deviation over draws; of a single draw its jackknife standard error).
+"""
+
+import csv
+import io
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from samplers.atomic import atomic_write
-from tools.scores import Estimate, Score, estimate, summarise
+from distill.pictures import save_figure
+from tools.results import Difference, Result, Spread
 
-COLUMNS = {  # heading -> the number of a Score, and how it is written
-    "FD": ("fd", ".2f"),
-    "pixel FD": ("pixel_fd", ".3f"),
-    "precision": ("precision", ".3f"),
-    "recall": ("recall", ".3f"),
-    "class entropy": ("class_entropy", ".4f"),
-    "class accuracy": ("class_accuracy", ".3f"),
-}
+DEBIASED = ("fd", "relative-fd")  # metrics whose bias is worth a column of its own
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One row: a named source with the scores of its draws, its network evaluations per sample, images per second."""
+class Row:
+    """The draws of one point of the matrix."""
 
-    name: str
-    source: str
-    scores: tuple[Score, ...]
-    nfe: int | None = None
-    images_per_second: tuple[float, ...] = ()
+    results: tuple[Result, ...]
+
+    @property
+    def name(self) -> str:
+        return self.results[0].name
+
+    @property
+    def axes(self) -> dict[str, Any]:
+        return {axis: value for axis, value in self.results[0].axes.items() if axis != "draw"}
+
+    def spread(self, space: str, metric: str, debiased: bool = False) -> Spread | None:
+        """Of a metric over the draws; None where they do not all have it."""
+        found = [result.values.get(space, {}).get(metric) for result in self.results]
+        known = [estimate for estimate in found if estimate is not None]
+        if len(known) < len(found) or (debiased and any(e.debiased is None for e in known)):
+            return None
+        return Spread.of(known, debiased)
 
 
-def markdown_table(entries: Sequence[Entry]) -> str:
-    """Mean ± sample standard deviation over draws, a dash where there is no number; ends in a newline."""
-    heads = ["", *COLUMNS, "NFE", "images/s", "n x draws"]
-    lines = [_line(heads), _line([":--", *["--:"] * (len(heads) - 1)])]
-    for entry in entries:
-        summary = summarise(entry.scores)
-        numbers = [_written(summary[field], form) for field, form in COLUMNS.values()]
-        nfe = "–" if entry.nfe is None else str(entry.nfe)
-        speed = _written(estimate(entry.images_per_second), ",.0f")
-        size = f"{entry.scores[0].n} x {len(entry.scores)}"
-        lines.append(_line([entry.name.replace("|", r"\|"), *numbers, nfe, speed, size]))
+def rows_of(results: Iterable[Result]) -> list[Row]:
+    """Draws of one point are one row; the order is that of the results."""
+    groups: dict[str, list[Result]] = {}
+    for result in results:
+        point = {a: v for a, v in result.axes.items() if a != "draw"}
+        compared = {part: result.facts[part] for part in ("extractors", "references")}
+        groups.setdefault(repr((result.name, result.inputs["source"], point, result.n, compared)), []).append(result)
+    return [Row(tuple(group)) for group in groups.values()]
+
+
+def columns_of(results: Sequence[Result]) -> list[tuple[str, str]]:
+    """(extractor, metric) of all values, in the order that they first appear in."""
+    seen = {(space, metric): None for r in results for space, metrics in r.values.items() for metric in metrics}
+    return list(seen)
+
+
+def markdown_table(results: Sequence[Result]) -> str:
+    """The table, what its numbers are of, and the warnings that came with them; ends in a newline."""
+    rows, columns = rows_of(results), columns_of(results)
+    axes = _varying(rows)
+    many = len({space for space, _ in columns}) > 1
+    heads: list[str] = ["", *axes]
+    cells: list[list[str]] = [[_escaped(row.name), *(_escaped(_plain(row.axes.get(a))) for a in axes)] for row in rows]
+    for space, metric in columns:
+        for debiased in (False, True) if metric in DEBIASED else (False,):
+            heads.append(f"{space} {metric}" if many else metric)
+            heads[-1] += ", debiased" if debiased else ""
+            for row, line in zip(rows, cells, strict=True):
+                line.append(_written(row.spread(space, metric, debiased)))
+    heads += ["NFE", "images/s", "n x draws"]
+    for row, line in zip(rows, cells, strict=True):
+        first = row.results[0]
+        rates = [r.provenance["images_per_second"] for r in row.results if r.provenance.get("images_per_second")]
+        speed = f"{statistics.fmean(rates):,.0f}" if rates else "–"
+        line += [_plain(first.nfe), speed, f"{first.n} x {len(row.results)}"]
+    lines = [_line(heads), _line([":--", *["--:"] * (len(heads) - 1)]), *map(_line, cells), "", *_notes(results)]
     return "\n".join(lines) + "\n"
 
 
-def write_json(path: str | Path, entries: Sequence[Entry], settings: dict[str, Any]) -> None:
-    """Write {"settings", "entries": [the fields of an Entry and its "summary"]}, whole or not at all.
+def _axes(rows: Sequence[Row]) -> list[str]:
+    return list({axis: None for row in rows for axis in row.axes})
 
-    Raises ValueError for a number that is not finite: JSON has none.
+
+def _varying(rows: Sequence[Row]) -> list[str]:
+    return [a for a in _axes(rows) if len({repr(row.axes[a]) for row in rows if a in row.axes}) > 1]
+
+
+def _notes(results: Sequence[Result]) -> list[str]:
+    names = {space: name for result in results for space, name in result.facts["extractors"].items()}
+    notes = [f"{space}: {name}" for space, name in names.items()]
+    where = sorted({str(result.inputs["manifest"]["reference"]) for result in results})
+    notes.append(
+        f"reference: {', '.join(where)}; ± of several draws is their standard deviation, of one its jackknife error"
+    )
+    warned = {
+        f"{space} {metric}: {estimate.warning}": None
+        for result in results
+        for space, metrics in result.values.items()
+        for metric, estimate in metrics.items()
+        if estimate.warning
+    }
+    return [*notes, *(f"warning: {text}" for text in warned)]
+
+
+def csv_table(results: Sequence[Result]) -> str:
+    """One line for each number of each result: the point, the value, and what is known of its error."""
+    axes = [*_axes(rows_of(results)), "draw"]
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    numbers = ("value", "standard_error", "debiased", "low", "high")
+    writer.writerow(["name", *axes, "n", "nfe", "extractor", "metric", *numbers, "key"])
+    for result in results:
+        point = [result.name, *(_blank(result.axes.get(a)) for a in axes), result.n, _blank(result.nfe)]
+        for space, metrics in result.values.items():
+            for metric, e in metrics.items():
+                low, high = e.interval or (None, None)
+                values = [_blank(v) for v in (e.value, e.standard_error, e.debiased, low, high)]
+                writer.writerow([*point, result.facts["extractors"][space], metric, *values, result.key])
+    return out.getvalue()
+
+
+def plot_quality(results: Sequence[Result], folder: str | Path) -> list[Path]:
+    """A picture of every metric against the evaluations a sample, with error bars: NAME.png in `folder`.
+
+    A line is one source with all axes but the steps fixed; what exists already is a level line. Metrics are left out
+    where no line has two points. Returns the files.
     """
-    rows = [
-        asdict(entry)
-        | {
-            "summary": {name: value and asdict(value) for name, value in summarise(entry.scores).items()},
-        }
-        for entry in entries
-    ]
-    text = json.dumps({"settings": settings, "entries": rows}, indent=2, allow_nan=False, ensure_ascii=False)
-    with atomic_write(path) as file:
-        file.write((text + "\n").encode())
+    from matplotlib.figure import Figure
+
+    files, rows = [], rows_of(results)
+    varying = _varying(rows)
+    for space, metric in columns_of(results):
+        lines: dict[str, list[tuple[int, Spread]]] = {}
+        levels: dict[str, Spread] = {}
+        for row in rows:
+            spread = row.spread(space, metric)
+            if spread is None:
+                continue
+            nfe = row.results[0].nfe
+            if nfe is None:
+                levels[row.name] = spread
+            else:
+                lines.setdefault(_label(row, varying), []).append((nfe, spread))
+        if not any(len(points) > 1 for points in lines.values()):
+            continue
+
+        figure = Figure(figsize=(6, 4), layout="constrained")
+        axis = figure.subplots()
+        for label, points in sorted(lines.items()):
+            points.sort(key=lambda point: point[0])
+            axis.errorbar(
+                [nfe for nfe, _ in points],
+                [spread.mean for _, spread in points],
+                [spread.spread or 0.0 for _, spread in points],
+                label=label,
+                marker="o",
+                markersize=3,
+                capsize=2,
+            )
+        for label, spread in levels.items():
+            axis.axhline(spread.mean, color="gray", linestyle=":", label=label)
+        axis.set(xlabel="network evaluations a sample", ylabel=f"{space} {metric}", xscale="log")
+        axis.legend(frameon=False, fontsize="small")
+        files.append(Path(folder) / f"{space}-{metric}.png".replace("/", "_").replace(":", "_"))
+        save_figure(figure, files[-1])
+    return files
 
 
-def _written(value: Estimate | None, form: str) -> str:
-    if value is None:
+def _label(row: Row, axes: Sequence[str]) -> str:
+    return ", ".join([row.name, *(f"{a} {_plain(row.axes[a])}" for a in axes if a != "steps" and a in row.axes)])
+
+
+def difference_table(differences: Sequence[Difference], a: str, b: str) -> str:
+    """Markdown of b - a, with its 95 % interval and what that says; ends in a newline."""
+    lines = [_line(["", a, b, "difference", "95 % interval", ""]), _line([":--", "--:", "--:", "--:", "--:", ":--"])]
+    for d in differences:
+        interval, verdict = "–", "–"
+        if d.interval is not None:
+            interval = f"{d.interval[0]:+.4g} to {d.interval[1]:+.4g}"
+            verdict = "differ" if d.interval[0] * d.interval[1] > 0 else "no difference shown"
+        cells = [f"{d.extractor} {d.metric}", f"{d.a:.4g}", f"{d.b:.4g}", f"{d.difference:+.4g}", interval, verdict]
+        lines.append(_line(cells))
+    paired = "paired: the same noise" if differences[0].paired else "not paired: the errors of both are added"
+    return "\n".join([*lines, "", f"{paired}; fd differences are of the debiased values"]) + "\n"
+
+
+def _written(spread: Spread | None) -> str:
+    if spread is None:
         return "–"
-    return f"{value.mean:{form}}" + ("" if value.std is None else f" ± {value.std:{form}}")
+    return f"{spread.mean:.4g}" + ("" if spread.spread is None else f" ± {spread.spread:.2g}")
+
+
+def _plain(value: Any) -> str:
+    return "–" if value is None else str(value)
+
+
+def _blank(value: Any) -> Any:
+    return "" if value is None else value
+
+
+def _escaped(text: str) -> str:
+    return text.replace("|", r"\|")
 
 
 def _line(cells: Sequence[str]) -> str:

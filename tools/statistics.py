@@ -8,6 +8,7 @@ digits that matter. Files are `.npz` with `mu` and `sigma`, as clean-fid, pytorc
 `extractor` besides.
 """
 
+import hashlib
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -199,6 +200,11 @@ class FeatureStatistics:
             statistics._merged = _Moments(count, mean, sigma / 2 + sigma.T / 2)
         return statistics
 
+    def digest(self) -> str:
+        """SHA-256 of count, mean and covariance, in hexadecimal."""
+        parts = (str(self.count).encode(), self.mean.numpy().tobytes(), self.covariance.numpy().tobytes())
+        return hashlib.sha256(b" ".join(parts)).hexdigest()
+
     def _known_count(self, what: str) -> None:
         if self._merged is not None and self._merged.count is None:
             raise ValueError(f"count: cannot {what} statistics that were loaded from a file without n")
@@ -213,12 +219,18 @@ class FeatureStatistics:
 
 
 def _rows(features: Tensor | NDArray, dim: int) -> Float64:
-    tensor = torch.as_tensor(features)
-    if tensor.ndim != 2 or tensor.shape[1] != dim:
-        raise ValueError(f"features: shape {list(tensor.shape)} is not [N, {dim}]")
-    if tensor.is_complex():
-        raise ValueError(f"features: dtype {tensor.dtype} is not real")
-    rows: Float64 = tensor.detach().to("cpu", torch.float64).numpy()
+    if isinstance(features, Tensor):
+        real, given = not features.is_complex(), str(features.dtype)
+    else:
+        features = np.asarray(features)
+        real, given = features.dtype.kind in "fiub", str(features.dtype)
+    if features.ndim != 2 or features.shape[1] != dim:
+        raise ValueError(f"features: shape {list(features.shape)} is not [N, {dim}]")
+    if not real:
+        raise ValueError(f"features: dtype {given} is not real")
+    if isinstance(features, Tensor):
+        features = features.detach().to("cpu", torch.float64).numpy()
+    rows: Float64 = np.ascontiguousarray(features, dtype=np.float64)
     with np.errstate(over="ignore", invalid="ignore"):  # a sum may overflow where no row is bad
         suspect = not np.isfinite(rows.sum())
     if suspect:

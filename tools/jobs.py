@@ -1,0 +1,219 @@
+"""Batches of evaluations: a manifest opened, into jobs whose keys say what decides their numbers.
+
+Every job is a stream of samples under one or more extractors, against a reference; jobs that differ in nothing that
+matters (a student under two samplers) are one. What is done with them is in workers.py.
+
+    FOLDER/features/STREAM/EXTRACTOR/CHUNK.safetensors    FOLDER/results/KEY.json    FOLDER/samples/STREAM/NUMBER.png
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tools.cache import Cache, Stream
+from tools.digest import HashCache
+from tools.features import Extractor, load_extractor
+from tools.manifest import Manifest, Point
+from tools.metrics import NEEDS_ROWS, Reference, evaluate
+from tools.presets import Shape
+from tools.provenance import provenance
+from tools.results import VERSION, Result, Values
+from tools.sources import Source, SourceSettings, open_source
+from tools.statistics import FeatureStatistics
+
+
+@dataclass(frozen=True)
+class Job:
+    """One set of samples under all feature spaces. extractors: spec -> extractor."""
+
+    point: Point
+    stream: Stream
+    extractors: Mapping[str, Extractor]
+    facts: dict[str, Any]
+    inputs: dict[str, Any]
+
+    @cached_property
+    def key(self) -> str:
+        return self.result({}, {}).key
+
+    def result(self, values: Values, how: dict[str, Any]) -> Result:
+        source, n = self.stream.source, len(self.stream.numbers)
+        sampled = source.count is None and source.facts.get("kind") != "student"
+        jumps = ("sigma_skip", "tolerance") if self.point.axes["teleport"] is None else ()
+        axes = {a: v for a, v in self.point.axes.items() if a == "draw" or (sampled and a not in jumps)}
+        return Result(self.point.name, axes, n, source.nfe, values, self.facts, self.inputs, how)
+
+
+class Batch:
+    """A manifest's jobs, in a folder. Everything that can be wrong with them is found here, before any work.
+
+    Raises ValueError for sources, references, extractors and metrics that cannot be read or do not fit one another.
+    """
+
+    def __init__(self, manifest: Manifest, folder: str | Path, device: str = "cpu", command: str = "") -> None:
+        self.manifest, self.folder, self.device, self.command = manifest, Path(folder), device, command
+        self.cache = Cache(folder)
+        self._hashes = HashCache(self.folder / "hashes.json")
+        self._read: dict[str, Reference] = {}
+        self._extractors: dict[tuple[str, Shape | None], Extractor] = {}
+        self.statistics, self.references = self._open_references()
+        self.jobs = self._plan()
+
+    def _open_references(self) -> tuple[dict[str, FeatureStatistics], dict[str, Stream]]:
+        """By extractor: statistics that were read, or the stream of images that they will be made of."""
+        statistics, streams = {}, {}
+        named = self.manifest.reference
+        for spec in self.manifest.features:
+            path = named if isinstance(named, str) else named[spec]
+            if _is_statistics(path):
+                if isinstance(named, str) and len(self.manifest.features) > 1:
+                    raise ValueError(f"reference: {path} is of one extractor; name one for each as EXTRACTOR: FILE")
+                statistics[spec] = FeatureStatistics.load(path)
+                continue
+            source = open_source(
+                "digits:held-out" if path == "digits" else path, device=self.device, hashes=self._hashes
+            )
+            if source.count is None:
+                raise ValueError(f"reference: {path} makes images; needed are images that exist, or statistics")
+            streams[spec] = self._stream(source, 0, self._dealt(source.count, 0), {"order": [0, 0, source.count]})
+        return statistics, streams
+
+    def _plan(self) -> list[Job]:
+        jobs: dict[str, Job] = {}
+        for point in self.manifest.points():
+            source = self._source(point)
+            stream = self._samples(point, source)
+            if stream is None:
+                continue
+            job = self._job(point, stream)
+            jobs.setdefault(job.key, job)
+        return list(jobs.values())
+
+    def _source(self, point: Point) -> Source:
+        settings = SourceSettings(**{a: v for a, v in point.axes.items() if a != "draw"})
+        return open_source(point.path, settings, device=self.device, hashes=self._hashes)
+
+    def _samples(self, point: Point, source: Source) -> Stream | None:
+        """None for a draw that a folder has no images left for."""
+        draw, n, seed = point.axes["draw"], self.manifest.n, self.manifest.seed
+        if source.count is None:
+            return self._stream(source, seed + draw, range(n), {"seed": seed + draw})
+        n = min(n, source.count)
+        if n < 4:
+            raise ValueError(f"source: {source.title} has {source.count} images; needed are 4 or more")
+        start = draw * n
+        numbers = self._dealt(source.count, seed)[start : start + n]
+        facts = {"order": [seed, start, start + n]}
+        return self._stream(source, seed, numbers, facts) if len(numbers) == n else None
+
+    def _dealt(self, count: int, seed: int) -> list[int]:
+        """Folders are often sorted by class, and a part of one should be like the whole."""
+        return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+
+    def _stream(self, source: Source, seed: int, numbers: Sequence[int], which: dict[str, Any]) -> Stream:
+        chunk, batch = self.manifest.chunk, self.manifest.batch
+        return Stream(source, seed, numbers, {"source": source.facts, "which": which}, chunk, batch)
+
+    def _extractor(self, spec: str, shape: Shape | None) -> Extractor:
+        if (spec, shape) not in self._extractors:
+            self._extractors[spec, shape] = load_extractor(spec, shape, self.device)
+        return self._extractors[spec, shape]
+
+    def _job(self, point: Point, stream: Stream) -> Job:
+        extractors = {spec: self._extractor(spec, stream.source.shape) for spec in self.manifest.features}
+        for spec, extractor in extractors.items():
+            self._check(spec, extractor, stream)
+        metrics = {spec: list(self._applicable(spec, stream)) for spec in extractors}
+        facts = {
+            "version": VERSION,
+            "stream": stream.key,
+            "n": len(stream.numbers),
+            "pairing": {"which": stream.facts["which"], "of": stream.source.count},
+            "extractors": {spec: extractor.name for spec, extractor in extractors.items()},
+            "references": {spec: self._reference_facts(spec) for spec in extractors},
+            "metrics": metrics,
+        }
+        manifest = self.manifest.model_dump(mode="json")
+        inputs = {"source": point.path, "axes": point.axes, "facts": stream.facts, "manifest": manifest}
+        return Job(point, stream, extractors, facts, inputs)
+
+    def _applicable(self, spec: str, stream: Stream) -> Sequence[str]:
+        """The metrics without the accuracy of samples that nobody asked for by class."""
+        metrics = self.manifest.features[spec]
+        return metrics if stream.source.n_classes is not None else [m for m in metrics if m != "class-accuracy"]
+
+    def _reference_facts(self, spec: str) -> dict[str, Any]:
+        if spec in self.statistics:
+            return {"statistics": self.statistics[spec].digest()}
+        return {"stream": self.references[spec].key, "n": len(self.references[spec].numbers)}
+
+    def _check(self, spec: str, extractor: Extractor, stream: Stream) -> None:
+        """Raises ValueError where samples and reference do not compare, naming both, or a metric lacks its needs."""
+        if spec in self.statistics:
+            known, needs = self.statistics[spec], [m for m in self.manifest.features[spec] if m in NEEDS_ROWS]
+            if known.extractor is not None and known.extractor != extractor.name:
+                raise ValueError(f"reference: statistics of {known.extractor}, and samples read by {extractor.name}")
+            if known.dim != extractor.dim:
+                raise ValueError(f"reference: statistics of {known.dim} features; {extractor.name} has {extractor.dim}")
+            if needs:
+                raise ValueError(f"metrics: {needs[0]} needs the reference's images; for {spec} there are statistics")
+            return
+        reference = self.references[spec].source
+        other = self._extractor(spec, reference.shape)
+        if other.name != extractor.name:
+            raise ValueError(
+                f"features: {stream.source.title} is read by {extractor.name}, the reference {reference.title} by "
+                f"{other.name}; they do not compare"
+            )
+
+    def result_file(self, job: Job) -> Path:
+        return self.folder / "results" / f"{job.key}.json"
+
+    def streams_of(self, job: Job) -> list[tuple[Stream, list[Extractor]]]:
+        """What has to be there before the job can be judged: the references' features, and its own."""
+        needed: dict[str, tuple[Stream, list[Extractor]]] = {}
+        for spec, stream in self.references.items():
+            extractors = needed.setdefault(stream.key, (stream, []))[1]
+            extractors.append(self._extractor(spec, stream.source.shape))
+        return [*needed.values(), (job.stream, list(job.extractors.values()))]
+
+    def judge(self, job: Job) -> Result:
+        """The result of a job whose chunks are all there. Raises ValueError for chunks that were changed."""
+        values: Values = {}
+        seconds = 0.0
+        for spec, extractor in job.extractors.items():
+            found = self.cache.read(job.stream, extractor.name)
+            values[spec] = evaluate(
+                found.rows,
+                self._reference(spec),
+                self._applicable(spec, job.stream),
+                logits=found.logits,
+                labels=found.labels,
+                device=self.device,
+            )
+            seconds = found.seconds
+        rate = len(job.stream.numbers) / seconds if job.stream.source.count is None and seconds else None
+        return job.result(values, provenance(self.device, self.command) | {"images_per_second": rate})
+
+    def _reference(self, spec: str) -> Reference:
+        if spec not in self._read:
+            if spec in self.statistics:
+                self._read[spec] = Reference(self.statistics[spec])
+            else:
+                stream = self.references[spec]
+                name = self._extractor(spec, stream.source.shape).name
+                self._read[spec] = Reference.of(self.cache.read(stream, name).rows, name)
+        return self._read[spec]
+
+
+def _is_statistics(path: str) -> bool:
+    """Whether a file is an .npz with mu and sigma, and no images beside them (ADM's have both)."""
+    if not path.endswith(".npz"):
+        return False
+    with np.load(path, allow_pickle=False) as file:
+        return "mu" in file.files and "arr_0" not in file.files

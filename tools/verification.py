@@ -1,0 +1,66 @@
+"""Whether a result still says what its inputs say: its key, its inputs hashed again, its values worked out again."""
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from distill.run import differences
+from tools.jobs import Batch, Job
+from tools.manifest import manifest_of
+from tools.results import Result, Values
+from tools.workers import Worker, own_device
+
+
+def verify(path: str | Path, device: str | None = None, recompute: bool = False) -> Iterator[tuple[bool, str]]:
+    """What was looked at, and whether it holds: the key, the inputs, and the values.
+
+    Values are worked out from the features beside the result, or, with recompute, from the inputs, which takes as long
+    as the first time. Raises ValueError for what is no result, or one whose facts are not those of its key.
+    """
+    path = Path(path)
+    result = Result.load(path)
+    yield True, f"key: {result.key} is that of its facts"
+
+    axes = {axis: [value] for axis, value in result.inputs["axes"].items()}
+    point = axes | {"source": {result.name: result.inputs["source"]}}
+    manifest = manifest_of(result.inputs["manifest"] | {"matrix": point, "exclude": []}, str(path))
+    with tempfile.TemporaryDirectory() as spare:
+        beside = path.parent.parent if path.parent.name == "results" and not recompute else Path(spare)
+        try:
+            batch = Batch(manifest, beside, device or own_device())
+        except ValueError as error:
+            yield False, f"inputs: cannot be read any more: {error}"
+            return
+        (job,) = batch.jobs
+        changed = differences(result.facts | result.inputs["facts"], job.facts | job.stream.facts)
+        if changed:
+            yield False, f"inputs: have changed: {'; '.join(changed)}"
+            return
+        yield True, "inputs: unchanged"
+
+        missing = sum(
+            bool(batch.cache.missing(stream, extractors, chunk))
+            for stream, extractors in batch.streams_of(job)
+            for chunk in range(stream.chunks)
+        )
+        if missing and not recompute:
+            yield True, f"values: not looked at, {missing} chunks of features are not there (--recompute makes them)"
+            return
+        yield _compared(result.values, _recomputed(batch, job) if recompute else batch.judge(job).values)
+
+
+def _recomputed(batch: Batch, job: Job) -> Values:
+    (again,) = Worker(batch).run()
+    return again.values
+
+
+def _compared(kept: Values, found: Values) -> tuple[bool, str]:
+    """Equal numbers are equal bits: they were written with all their digits."""
+    wrong = [
+        f"{space} {metric} is {estimate.value!r}, and was {kept[space][metric].value!r}"
+        for space, metrics in found.items()
+        for metric, estimate in metrics.items()
+        if estimate != kept[space][metric]
+    ]
+    count = sum(map(len, found.values()))
+    return not wrong, f"values: {'; '.join(wrong)}" if wrong else f"values: all {count} are the same to the bit"
