@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -226,6 +227,16 @@ def test_weights_of_ones_own_are_used_only_when_named(
         find_weights()
 
 
+@dataclass
+class Trap:
+    """Whoever unpickles it makes a file."""
+
+    path: Path
+
+    def __reduce__(self) -> tuple[object, tuple[Path]]:
+        return Path.touch, (self.path,)
+
+
 def test_files_that_are_not_inception_raise_their_name(script: Path, tmp_path: Path) -> None:
     narrow, no_layers = tmp_path / "narrow.pt", tmp_path / "layers.pt"
     torch.jit.script(Published(width=64)).save(str(narrow))
@@ -234,8 +245,8 @@ def test_files_that_are_not_inception_raise_their_name(script: Path, tmp_path: P
     torn.write_bytes(script.read_bytes()[:-1000])
     torch.save(nn.Linear(2, 2).state_dict(), linear)
     text.write_text("no weights\n")
-    pickled = tmp_path / "pickled.pth"
-    torch.save(nn.Linear(2, 2), pickled)  # a whole module: to read it is to run it
+    pickled, trace = tmp_path / "pickled.pth", tmp_path / "trace"
+    torch.save({"fc.weight": Trap(trace)}, pickled)
 
     images = photographs([(16, 16)])
     with pytest.raises(ValueError, match="gives 64 features; accepted: 2048"):
@@ -245,6 +256,7 @@ def test_files_that_are_not_inception_raise_their_name(script: Path, tmp_path: P
     for path in (torn, linear, text, pickled):
         with pytest.raises(ValueError, match=rf"{path.name} holds neither TorchScript nor Inception's state dict"):
             load_extractor(f"inception-clean:{path}", None)
+    assert not trace.exists()
     with pytest.raises(ValueError, match=r"absent.pt \(given\) is not a file"):
         load_extractor(f"inception-clean:{tmp_path / 'absent.pt'}", None)
 

@@ -82,7 +82,9 @@ def test_tf1_bilinear_has_no_half_pixel() -> None:
     torch.testing.assert_close(resize(ramp.mT, 299, "tf1-bilinear")[0, 0, :, 7], at.clamp(max=31), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize(("height", "width"), [(300, 451), (450, 301), (61, 60), (224, 500), (224, 224), (40, 93)])
+@pytest.mark.parametrize(
+    ("height", "width"), [(300, 451), (450, 301), (61, 60), (224, 500), (224, 225), (229, 224), (40, 93)]
+)
 def test_cropping_is_torchvisions(height: int, width: int) -> None:
     transform = transforms.Compose(
         [transforms.Resize(224, interpolation=transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(224)]
