@@ -5,7 +5,7 @@ samples are made, so a job is one set of images, judged by all metrics at once.
 """
 
 import glob
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -66,6 +66,12 @@ def _named(value: Any) -> Any:
     if len(named) < len(paths):
         raise ValueError("two sources have one name; write them as NAME: PATH")
     return named
+
+
+def _each_once(names: Sequence[Any], where: str) -> None:
+    for k, name in enumerate(names):
+        if name in names[:k]:
+            raise ValueError(f"{where}: {name!r} is there twice")
 
 
 Metric = Annotated[str, BeforeValidator(_metric)]
@@ -141,6 +147,7 @@ class Manifest(Section):
         """`features: [a, b]` gives each the default metrics."""
         if isinstance(given, dict) and isinstance(given.get("features"), str | list | tuple):
             names = _several(given["features"])
+            _each_once(names, "features")
             return given | {"features": {str(name): DEFAULT_METRICS for name in names}}
         return given
 
@@ -150,6 +157,8 @@ class Manifest(Section):
             raise ValueError(f"batch: {self.batch} does not divide chunk: {self.chunk}")
         if not self.features or not all(self.features.values()):
             raise ValueError("features: needed is an extractor with at least one metric")
+        for spec, metrics in self.features.items():
+            _each_once(metrics, f"features: {spec}")
         if isinstance(self.reference, dict) and self.reference.keys() != self.features.keys():
             raise ValueError(
                 f"reference: has {list(self.reference)}; needed are those of features: {list(self.features)}"
@@ -180,10 +189,22 @@ def _values(matrix: Matrix, axis: str) -> list[Any]:
     return list(getattr(matrix, axis))
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML takes the last of two equal keys, and says nothing."""
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        keys = [key for key, _ in node.value]
+        for k, key in enumerate(keys):
+            if key.value in [earlier.value for earlier in keys[:k]]:
+                raise yaml.MarkedYAMLError(problem=f"{key.value!r} is there twice", problem_mark=key.start_mark)
+        return node
+
+
 def read_manifest(path: str | Path) -> Manifest:
     """Reads a YAML manifest. Raises ValueError, naming the file, the field and what is accepted, if it is not one."""
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"manifest: {path} cannot be read ({' '.join(str(error).split())})") from error
     if not isinstance(content, dict):
@@ -193,14 +214,20 @@ def read_manifest(path: str | Path) -> Manifest:
 
 def manifest_of(content: dict[str, Any], where: str) -> Manifest:
     """A manifest from its fields. Raises ValueError, in one line, as `read_manifest` does."""
-    unknown = set(content.get("matrix") or ()) - set(AXES) if isinstance(content.get("matrix"), dict) else set()
-    if unknown:
-        raise ValueError(f"manifest: {where}: matrix: unknown axis {sorted(unknown)[0]!r}; axes are {', '.join(AXES)}")
+    matrix = content.get("matrix")
+    _refuse_unknown(content, Manifest.model_fields, f"{where}: unknown setting", "settings")
+    _refuse_unknown(matrix if isinstance(matrix, dict) else (), AXES, f"{where}: matrix: unknown axis", "axes")
     try:
         return Manifest.model_validate(content)
     except ValidationError as error:
-        first = error.errors()[0]
+        first = min(error.errors(), key=lambda e: e["type"] != "value_error")  # our words before pydantic's
         field = ".".join(str(part) for part in first["loc"])
-        message = first["msg"].removeprefix("Value error, ")
+        message = first["msg"].removeprefix("Value error, ").replace("valid tuple", "valid list")
         given = "" if first["type"] == "value_error" or isinstance(first["input"], dict) else f": {first['input']!r}"
         raise ValueError(f"manifest: {where}: {field}{given}{': ' if field else ''}{message}") from error
+
+
+def _refuse_unknown(given: Iterable[Any], known: Iterable[str], what: str, these: str) -> None:
+    unknown = [name for name in given if name not in known]
+    if unknown:
+        raise ValueError(f"manifest: {what} {str(unknown[0])!r}; {these} are {', '.join(known)}")
