@@ -47,6 +47,8 @@ def block_of(indices: Sequence[int] | Tensor) -> Tensor:
         raise ValueError(
             f"indices: shape {list(numbers.shape)}, least {numbers.min(initial=0)}; needed are [N], from 0"
         )
+    if not len(numbers):
+        return torch.empty(0, dtype=torch.int64)
     groups, first = np.unique(numbers // BLOCKS, return_inverse=True)
     orders = np.stack([np.random.Generator(np.random.Philox(key=[0, g])).permutation(BLOCKS) for g in groups.tolist()])
     return torch.from_numpy(orders[first, numbers % BLOCKS])
