@@ -35,6 +35,12 @@ class Estimate:
     leave_one_out: tuple[float, ...] | None = None
     warning: str | None = None
 
+    def __str__(self) -> str:
+        error = "" if self.standard_error is None else f" ± {self.standard_error:.2g}"
+        known = [] if self.debiased is None else [f"debiased {self.debiased:.4g}"]
+        known += [] if self.interval is None else [f"95 % {self.interval[0]:.4g} to {self.interval[1]:.4g}"]
+        return f"{self.value:.4g}{error}" + (f" ({', '.join(known)})" if known else "")
+
 
 def block_of(indices: Sequence[int] | Tensor) -> Tensor:
     """The block of every sample number, [N] int64 in 0 ... 9: a function of the number only.

@@ -82,7 +82,7 @@ def evaluate(
         elif name == "class-accuracy":
             assert logits is not None
             assert labels is not None
-            found[name] = class_accuracy(logits.argmax(1), labels)
+            found[name] = Estimate(class_accuracy(logits.argmax(1), labels))
     return {name: found[name] for name in metrics}
 
 
