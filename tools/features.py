@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from tools import digits_classifier
+from tools import digits_classifier, imported
 from tools.arithmetic import full_precision
 from tools.presets import PRESETS, RANGES, Preset, Shape
 from tools.resize import resize
+
+_OWN = Preset("the user's", "x/127.5-1")
 
 
 @dataclass(frozen=True)
@@ -83,28 +85,30 @@ class Extractor:
         return torch.stack(prepared)
 
 
-def load_extractor(spec: str, shape: Shape | None, device: str | torch.device = "cpu") -> Extractor:
+def load_extractor(spec: str | nn.Module, shape: Shape | None, device: str | torch.device = "cpu") -> Extractor:
     """The extractor for images of `shape` (channels, height, width; None: of several) that `spec` names.
 
-    spec: a preset of `tools.presets`; a preset, a colon and the path of its weights; or `package.module:attribute`, a
-    torch module of the user's (or a class or function that makes one) that maps [B, C, H, W] in [-1, 1] to [B, dim].
-    Raises ValueError for another name, for images that the preset does not read, and for weights that are not found.
+    spec: a preset of `tools.presets`; a preset, a colon and the path of its weights; or a torch module of the user's
+    that maps [B, C, H, W] in [-1, 1] to [B, dim], or its import path `package.module:attribute` (or that of a class
+    or function that makes it). Raises ValueError for another name, for images that the preset does not read, and for
+    weights that are not found.
     """
-    name, _, after = spec.partition(":")
-    preset = PRESETS.get(name, Preset("imported", "x/127.5-1"))
-    if name not in PRESETS and not after:
-        accepted = f"{', '.join(PRESETS)}; one of them, a colon and a path of weights; package.module:attribute"
-        raise ValueError(f"features: {spec!r}; accepted: {accepted}")
+    if isinstance(spec, str):
+        name, _, path = spec.partition(":")
+        preset = PRESETS.get(name, _OWN)
+        if preset is _OWN and not path:
+            accepted = f"{', '.join(PRESETS)}; one of them, a colon and a path of weights; package.module:attribute"
+            raise ValueError(f"features: {spec!r}; accepted: {accepted}")
+    else:
+        name, path, preset = type(spec).__name__, "", _OWN
+
     if shape is None and preset.size is None:
         raise ValueError(f"features: {name} reads images of one size, and these have several (inception-clean resizes)")
     if shape is not None and preset.size is not None and shape[0] not in (1, 3):
         raise ValueError(f"features: {name} reads images of 1 or 3 channels, not {_by(shape)}")
 
     device = torch.device(device)
-    if name in PRESETS:
-        network = NETWORKS[preset.network](preset, after, shape, device)
-    else:
-        network = _imported(name, after, shape, device)
+    network = _own(spec, shape, device) if preset is _OWN else NETWORKS[preset.network](preset, path, shape, device)
     title = f"{network.name}|{preset.preparation(shape)}|u8|f32"
     return Extractor(title, network.dim, device, preset, network, shape if preset.size is None else None)
 
@@ -184,11 +188,11 @@ def _vision(preset: Preset, path: str, shape: Shape | None, device: torch.device
     return vision.load(preset, path, device)
 
 
-def _imported(module: str, attribute: str, shape: Shape | None, device: torch.device) -> Network:
-    from tools import imported
-
+def _own(spec: str | nn.Module, shape: Shape | None, device: torch.device) -> Network:
     assert shape is not None
-    return imported.load(module, attribute, shape, device)
+    if isinstance(spec, str):
+        return imported.load(spec, shape, device)
+    return imported.adapt(spec, type(spec).__qualname__, shape, device)
 
 
 # (preset, path of weights or "", shape of the images, device) -> network

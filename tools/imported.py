@@ -1,4 +1,4 @@
-"""A feature network of the user's own: `package.module:attribute`, any torch module from images to vectors."""
+"""A feature network of the user's own: any torch module from images to vectors, as it is or by its import path."""
 
 import hashlib
 import inspect
@@ -24,28 +24,35 @@ class Imported:
         return self.module(images), None
 
 
-def load(module: str, attribute: str, shape: Shape, device: torch.device) -> Imported:
-    """The module, or what the class or function makes when called without arguments, in evaluation mode on `device`.
+def load(spec: str, shape: Shape, device: torch.device) -> Imported:
+    """The module that `package.module:attribute` names, or what the class or function there makes without arguments.
 
-    `name` holds a hash of its weights, its structure and the source files of its classes. Raises ValueError when it
-    cannot be imported, is no module, or does not map images of `shape` to one vector each.
+    Raises ValueError when it cannot be imported, is no module, or is one that `adapt` refuses.
     """
-    spec = f"{module}:{attribute}"
+    module, _, attribute = spec.partition(":")
     try:
         found = getattr(import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"features: {spec} cannot be imported ({error}); is it on PYTHONPATH?") from error
-    network = found if isinstance(found, nn.Module) else found() if callable(found) else found
+    network = found() if callable(found) and not isinstance(found, nn.Module) else found
     if not isinstance(network, nn.Module):
         raise ValueError(f"features: {spec} is {type(network).__name__}; accepted: a torch module, or what makes one")
+    return adapt(network, spec, shape, device)
 
+
+def adapt(network: nn.Module, title: str, shape: Shape, device: torch.device) -> Imported:
+    """`network` itself, moved to `device` and put into evaluation mode.
+
+    Its name is `title` with a hash of its weights, its structure and the source files of its classes. Raises
+    ValueError when it does not map images of `shape` to one vector each.
+    """
     network = network.to(device).eval()
     with torch.no_grad():
         probe = network(torch.zeros(2, *shape, device=device))
     if not isinstance(probe, Tensor) or probe.ndim != 2 or len(probe) != 2 or not probe.is_floating_point():
         got = list(probe.shape) if isinstance(probe, Tensor) else type(probe).__name__
-        raise ValueError(f"features: {spec} maps {[2, *shape]} to {got}; accepted: floats of shape [2, dim]")
-    return Imported(f"{spec}-{_fingerprint(network)}", probe.shape[1], network)
+        raise ValueError(f"features: {title} maps {[2, *shape]} to {got}; accepted: floats of shape [2, dim]")
+    return Imported(f"{title}-{_fingerprint(network)}", probe.shape[1], network)
 
 
 def _fingerprint(network: nn.Module) -> str:

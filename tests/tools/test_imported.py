@@ -54,6 +54,19 @@ def test_modules_classes_and_functions(attribute: str, scale: float) -> None:
     assert extractor.name.endswith("|3x5x6 x/127.5-1|u8|f32")
 
 
+def test_modules_themselves() -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network, again = (torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(90, 7)) for _ in range(2))
+    extractor = load_extractor(network, (3, 5, 6))
+    assert torch.equal(extractor(images()).features, network(dequantise(images())).detach())
+    assert extractor.name.startswith("Sequential-")
+
+    assert load_extractor(again, (3, 5, 6)).name != extractor.name
+    with pytest.raises(ValueError, match="Sequential reads images of one size"):
+        load_extractor(network, None)
+
+
 @pytest.mark.usefixtures("package")
 def test_the_name_follows_weights_and_source() -> None:
     def digest(spec: str) -> str:
