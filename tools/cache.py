@@ -139,22 +139,16 @@ class Cache:
                 tensors["logits"] = torch.cat([part.logits for part in parts if part.logits is not None])
             if labels:
                 tensors["labels"] = torch.cat(labels)
-            self._write(self.file(stream, extractor.name, chunk), stream, extractor, tensors, seconds)
+            self._write(
+                self.file(stream, extractor.name, chunk), _facts(stream, extractor.name, chunk), tensors, seconds
+            )
 
-    def _write(
-        self, file: Path, stream: Stream, extractor: Extractor, tensors: dict[str, Tensor], seconds: dict[str, float]
-    ) -> None:
+    def _write(self, file: Path, facts: dict[str, str], tensors: dict[str, Tensor], seconds: dict[str, float]) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        for left in file.parent.glob(f".{file.name}.*.tmp"):  # of a killed worker: this one holds the lock
-            left.unlink(missing_ok=True)
-        metadata = {
-            "stream": stream.key,
-            "extractor": extractor.name,
-            "sha256": _digest(tensors),
-            "seconds": json.dumps(seconds),
-        }
+        remove_drafts(file)
+        metadata = facts | {"seconds": json.dumps(seconds)}
         with atomic_write(file) as opened:
-            opened.write(save(tensors, metadata))
+            opened.write(save(tensors, metadata | {"sha256": _digest(tensors, metadata)}))
 
     def read(self, stream: Stream, extractor: str) -> Features:
         """All rows of a stream whose chunks are there, in order.
@@ -171,8 +165,8 @@ class Cache:
                     tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 (not a dict)
             except (OSError, SafetensorError) as error:
                 raise ValueError(f"cache: {file} cannot be read ({error}); delete it, and it is made again") from error
-            expected = {"stream": stream.key, "extractor": extractor, "sha256": _digest(tensors)}
-            if {name: metadata.get(name) for name in expected} != expected:
+            sha256, expected = metadata.pop("sha256", None), _facts(stream, extractor, chunk)
+            if {n: metadata.get(n) for n in expected} != expected or sha256 != _digest(tensors, metadata):
                 raise ValueError(
                     f"cache: {file} is not what was written under its key; delete it, and it is made again"
                 )
@@ -187,9 +181,19 @@ class Cache:
         return Features(torch.cat([part["features"] for part in parts]), joined("logits"), joined("labels"), seconds)
 
 
-def _digest(tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
+def remove_drafts(file: Path) -> None:
+    """What killed workers left of a file that was never finished; for the one who alone may write it."""
+    for left in file.parent.glob(f".{file.name}.*.tmp"):
+        left.unlink(missing_ok=True)
+
+
+def _facts(stream: Stream, extractor: str, chunk: int) -> dict[str, str]:
+    return {"stream": stream.key, "extractor": extractor, "chunk": str(chunk)}
+
+
+def _digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
+    digest = hashlib.sha256(digest_json(metadata).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().numpy().tobytes())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
