@@ -8,7 +8,7 @@ system, which dies with its process, keeps two workers from the same chunk.
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -145,7 +145,7 @@ class Cache:
 
     def _write(self, file: Path, facts: dict[str, str], tensors: dict[str, Tensor], seconds: dict[str, float]) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        remove_drafts(file)
+        remove_drafts(file.parent, [file])
         metadata = facts | {"seconds": json.dumps(seconds)}
         with atomic_write(file) as opened:
             opened.write(save(tensors, metadata | {"sha256": _digest(tensors, metadata)}))
@@ -181,10 +181,12 @@ class Cache:
         return Features(torch.cat([part["features"] for part in parts]), joined("logits"), joined("labels"), seconds)
 
 
-def remove_drafts(file: Path) -> None:
-    """What killed workers left of a file that was never finished; for the one who alone may write it."""
-    for left in file.parent.glob(f".{file.name}.*.tmp"):
-        left.unlink(missing_ok=True)
+def remove_drafts(folder: Path, files: Iterable[Path]) -> None:
+    """What killed workers left in a folder of files that were never finished; for the one who alone may write them."""
+    names = {f".{file.name}" for file in files}
+    for draft in folder.glob(".*.tmp"):
+        if draft.name.rsplit(".", 2)[0] in names:
+            draft.unlink(missing_ok=True)
 
 
 def _facts(stream: Stream, extractor: str, chunk: int) -> dict[str, str]:

@@ -8,10 +8,12 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Executor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -21,11 +23,14 @@ from tools.manifest import Manifest
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from tools.cache import Stream
+    from tools.features import Extractor
     from tools.jobs import Batch, Job
     from tools.results import Result
     from tools.sources import Source
 
 WAIT = 0.5  # seconds between looks, while others hold all that is left
+GRACE = 10.0  # seconds for a process to end in order
 
 Shard = tuple[int, int]  # i of n, from 1
 
@@ -48,50 +53,81 @@ def run_batch(
     jobs that failed; OSError where nothing can be written; ChildProcessError where every worker died.
     """
     task = (manifest, str(folder), device, shard, command)
-    if executor is not None:
-        for future in [executor.submit(_worker, *task) for _ in range(workers)]:
-            future.result()
-    elif workers > 1:
-        _processes(task, workers)
-    return _work(*task)
+    with _ended_in_order():
+        worker = _planned(*task)  # what is wrong is said, and files are hashed, before anything is started
+        if executor is not None:
+            _calls(task, workers, executor)
+        elif workers > 1:
+            _processes(task, workers)
+        return worker.run()
 
 
 def _worker(manifest: Manifest, folder: str, device: str | None, shard: Shard, command: str) -> None:
-    """A call that another process can be asked for: results are read from the folder."""
-    _work(manifest, folder, device, shard, command)
+    """A call that another process can be asked for: results are read from the folder.
+
+    What it cannot do is the caller's to report, who meets it again when it looks at what is left.
+    """
+    with suppress(ValueError, OSError):
+        _planned(manifest, folder, device, shard, command).run()
+
+
+def _calls(task: tuple[Any, ...], workers: int, executor: Executor) -> None:
+    """Waits for all, however they end. Raises ChildProcessError if none came to its end."""
+    died = []
+    for number, future in enumerate([executor.submit(_worker, *task) for _ in range(workers)], 1):
+        try:
+            future.result()
+        except Exception as error:  # each executor has its own for a process that it lost
+            died.append(f"worker {number} of {workers} was lost: {' '.join(str(error).split())}")
+            _line(died[-1])
+    if len(died) == workers:
+        raise ChildProcessError(f"{died[-1]}; none is left; the same command continues")
 
 
 def _processes(task: tuple[Any, ...], workers: int) -> None:
-    """Each on its own: one that is killed takes no other with it, and its work is left to them, or to the caller."""
+    """Each on its own: one that is killed takes no other with it, and its work is left to them, or to the caller.
+
+    Raises ChildProcessError if none came to its end.
+    """
     context = multiprocessing.get_context("spawn")
-    started = [context.Process(target=_quiet_worker, args=task) for _ in range(workers)]
-    for process in started:
-        process.start()
+    started = [context.Process(target=_process, args=task) for _ in range(workers)]
+    died = []
     try:
+        for process in started:
+            process.start()
         for number, process in enumerate(started, 1):
             process.join()
-            if process.exitcode and process.exitcode < 0:
-                name = signal.Signals(-process.exitcode).name
-                _line(f"worker {number} of {workers} was ended by {name}; what it held is taken over")
+            if process.exitcode:
+                died.append(f"worker {number} of {workers} was ended by {_cause(process.exitcode)}")
+                _line(f"{died[-1]}; what it held is taken over")
     finally:
         for process in started:
-            process.terminate()
+            if process.is_alive():
+                process.terminate()
+        for process in started:
+            if process.pid is not None:
+                process.join(GRACE)
+    if len(died) == workers:
+        raise ChildProcessError(f"{died[-1]}; none is left; the same command continues")
 
 
-def _quiet_worker(*task: Any) -> None:
-    """Errors are the caller's to report: it meets them again, when it looks at what is left."""
-    try:
-        with _terminated_in_order():
+def _process(*task: Any) -> None:
+    with _ended_in_order():
+        try:
             _worker(*task)
-    except (ValueError, OSError):
-        sys.exit(2)
+        except KeyboardInterrupt:  # the terminal tells all processes; the caller says so
+            sys.exit(128 + signal.SIGINT)
 
 
-def _work(manifest: Manifest, folder: str, device: str | None, shard: Shard, command: str) -> "list[Result]":
+def _cause(exitcode: int) -> str:
+    number = -exitcode if exitcode < 0 else exitcode - 128
+    return signal.Signals(number).name if number > 0 else f"an error (exit code {exitcode})"
+
+
+def _planned(manifest: Manifest, folder: str, device: str | None, shard: Shard, command: str) -> "Worker":
     from tools.jobs import Batch
 
-    batch = Batch(manifest, folder, device or own_device(), command)
-    return Worker(batch, shard).run()
+    return Worker(Batch(manifest, folder, device or own_device(), command), shard)
 
 
 def own_device() -> str:
@@ -106,12 +142,16 @@ def _line(text: str) -> None:
 
 
 @contextmanager
-def _terminated_in_order() -> Iterator[None]:
-    """SIGTERM, which a scheduler sends before it kills, ends the block as an exception would: drafts are removed."""
+def _ended_in_order() -> Iterator[None]:
+    """SIGTERM, which a scheduler sends before it kills, ends the block as an exception would: drafts are removed, and
+    so are the processes that were started. Only the main thread of a process can see to it."""
 
     def leave(number: int, _: FrameType | None) -> None:
         sys.exit(128 + number)
 
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     before = signal.signal(signal.SIGTERM, leave)
     try:
         yield
@@ -128,7 +168,8 @@ class Bar:
     def __enter__(self) -> "Bar":
         from tqdm import tqdm
 
-        self._bar = tqdm(unit="chunk", disable=not sys.stderr.isatty())
+        one_of_many = multiprocessing.parent_process() is not None
+        self._bar = tqdm(unit="chunk", disable=one_of_many or not sys.stderr.isatty())
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -178,14 +219,14 @@ class Worker:
 
     def _until_done(self) -> None:
         total = len(self.jobs)
-        left = [job for job in self.jobs if not self.batch.result_file(job).is_file()]
+        left = [job for job in self.jobs if not self._done(job)]
         if len(left) < total:
             self.bar.say(f"{total - len(left)} of {total} results are there")
         while left:
             moved = False
             for job in left:
                 moved |= self._advance(job)
-            left = [job for job in left if job.key not in self.failures and not self.batch.result_file(job).is_file()]
+            left = [job for job in left if job.key not in self.failures and not self._done(job)]
             if left and not moved:
                 time.sleep(WAIT)
 
@@ -194,8 +235,8 @@ class Worker:
         try:
             moved, complete = self._chunks(job)
             return (complete and self._finish(job)) or moved
-        except ValueError as error:
-            self.failures[job.key] = f"{job.point.name}: {error}"
+        except (ValueError, RuntimeError) as error:  # the second is torch's: of memory, or of a network of the user's
+            self.failures[job.key] = f"{job.point.name}: {' '.join(str(error).split())}"
             self.bar.say(self.failures[job.key])
             return True
 
@@ -203,43 +244,70 @@ class Worker:
         """Computes the chunks that nobody holds: whether there was one, and whether all are there."""
         cache, moved, complete = self.batch.cache, False, True
         for stream, extractors in self.batch.streams_of(job):
+            own = stream is job.stream
             for chunk in range(stream.chunks):
-                if not cache.missing(stream, extractors, chunk):
+                if not (cache.missing(stream, extractors, chunk) or (own and self._unkept(job, chunk))):
                     continue
                 with cache.claim(f"{stream.key}-{chunk}") as mine:
                     missing = cache.missing(stream, extractors, chunk) if mine else []
-                    if missing:
-                        self._make_room_for(stream.source)
-                        started = time.perf_counter()
-                        cache.compute(stream, missing, chunk, self._keep(job, stream is job.stream))
+                    unkept = self._unkept(job, chunk) if mine and own else {}
+                    if missing or unkept:
+                        self._compute(stream, missing, chunk, unkept)
                         moved = True
-                        rows = stream.rows(chunk)
-                        done = f"{chunk * stream.chunk + len(rows)}/{len(stream.numbers)}"
-                        took = time.perf_counter() - started
-                        self.bar.say(f"{stream.source.title} [{stream.key[:8]}-{chunk}]: image {done}, {took:.1f} s")
                     complete &= mine
         return moved, complete
+
+    def _compute(self, stream: "Stream", missing: "list[Extractor]", chunk: int, unkept: dict[int, Path]) -> None:
+        from tools.cache import remove_drafts
+
+        self._make_room_for(stream.source)
+        if unkept:
+            self._samples(stream).mkdir(parents=True, exist_ok=True)
+            remove_drafts(self._samples(stream), unkept.values())
+        started = time.perf_counter()
+        self.batch.cache.compute(stream, missing, chunk, partial(_write_sample, unkept) if unkept else None)
+        done = f"{chunk * stream.chunk + len(stream.rows(chunk))}/{len(stream.numbers)}"
+        took = time.perf_counter() - started
+        self.bar.say(f"{stream.source.title} [{stream.key[:8]}-{chunk}]: image {done}, {took:.1f} s")
 
     def _make_room_for(self, source: "Source") -> None:
         if self._open is not None and self._open is not source:
             self._open.close()
         self._open = source
 
-    def _keep(self, job: "Job", own: bool) -> "Callable[[int, Tensor], None] | None":
-        if not (self.batch.manifest.keep and own and job.stream.source.count is None):
-            return None
-        from tools.sources import write_png
+    def _samples(self, stream: "Stream") -> Path:
+        return self.batch.folder / "samples" / stream.key
 
-        folder = self.batch.folder / "samples" / job.stream.key
-        folder.mkdir(parents=True, exist_ok=True)
-        return lambda number, image: write_png(folder / f"{number:06d}.png", image)
+    def _unkept(self, job: "Job", chunk: int) -> dict[int, Path]:
+        """The files of a chunk's samples that are to be kept and are not there."""
+        if not self.batch.manifest.keep or job.stream.source.count is not None:
+            return {}
+        folder = self._samples(job.stream)
+        files = {number: folder / f"{number:06d}.png" for number in job.stream.rows(chunk)}
+        return {number: file for number, file in files.items() if not file.is_file()}
+
+    def _done(self, job: "Job") -> bool:
+        return self.batch.result_file(job).is_file() and not any(
+            self._unkept(job, chunk) for chunk in range(job.stream.chunks)
+        )
 
     def _finish(self, job: "Job") -> bool:
+        from tools.cache import remove_drafts
+
+        file = self.batch.result_file(job)
         with self.batch.cache.claim(job.key) as mine:
-            if not mine or self.batch.result_file(job).is_file():
+            if not mine or file.is_file():
                 return False
             result = self.batch.judge(job)
-            self.batch.result_file(job).parent.mkdir(exist_ok=True)
-            result.save(self.batch.result_file(job))
+            file.parent.mkdir(exist_ok=True)
+            remove_drafts(file.parent, [file])
+            result.save(file)
             self.bar.say(f"{result.title}: {job.key[:8]}.json")
             return True
+
+
+def _write_sample(files: dict[int, Path], number: int, image: "Tensor") -> None:
+    from tools.sources import write_png
+
+    if number in files:
+        write_png(files[number], image)
