@@ -72,9 +72,9 @@ class Cubic:
 class UnitGaussian:
     """k = e^((c_ij - 1) / sigma^2), c the cosine of the uncentred rows: the base is 1, the rest e^(...) - 1.
 
-    c = (tile + o_i + o_j) / (l_i l_j), o the offsets and l the lengths. With 1 / l = (1 + a) / L, o / l = (1 + b) L / 2,
-    c - 1 = (a_i + b_i + a_j + b_j + a_i b_j + b_i a_j) / 2 + (1 + a_i) (1 + a_j) tile / L^2: no term is much larger than
-    the sum when all rows are far from zero and near each other.
+    c = (tile + o_i + o_j) / (l_i l_j) of offsets o and lengths l. With 1 / l = (1 + a) / L and o / l = (1 + b) L / 2,
+    c - 1 = (a_i + b_i + a_j + b_j + a_i b_j + b_i a_j) / 2 + (1 + a_i) (1 + a_j) tile / L^2, where no term is much
+    larger than the sum when all rows are far from zero and near each other.
     """
 
     name = "clip-mmd"
