@@ -24,8 +24,8 @@ METRIC_NAMES = (
 DEFAULT_METRICS = ("fd", "kd", "precision", "recall", "density", "coverage")
 
 
-def _metric(name: Any) -> Any:
-    """vendi@2 is the Vendi score of order 2."""
+def known_metric(name: Any) -> Any:
+    """The name, which may be vendi@2, the Vendi score of order 2. Raises ValueError for what is no metric."""
     base, at, order = str(name).partition("@")
     if at and base == "vendi":
         try:
@@ -74,7 +74,7 @@ def _each_once(names: Sequence[Any], where: str) -> None:
             raise ValueError(f"{where}: {name!r} is there twice")
 
 
-Metric = Annotated[str, BeforeValidator(_metric)]
+Metric = Annotated[str, BeforeValidator(known_metric)]
 ExtractorSpec = Annotated[str, BeforeValidator(_extractor)]
 
 

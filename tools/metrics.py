@@ -3,7 +3,7 @@
 The formulas and their sources are in frechet.py, pairwise.py, vendi.py and classes.py.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,8 +11,9 @@ from torch import Tensor
 
 from tools.classes import class_accuracy, class_entropy, inception_score
 from tools.frechet import frechet_estimate
-from tools.jackknife import Estimate, of_blocks
-from tools.manifest import DEFAULT_METRICS, METRIC_NAMES
+from tools.gram import check_features
+from tools.jackknife import BLOCKS, Estimate, block_of, jackknife
+from tools.manifest import DEFAULT_METRICS, known_metric
 from tools.pairwise import pairwise
 from tools.statistics import FeatureStatistics
 from tools.vendi import vendi_score
@@ -59,34 +60,53 @@ def evaluate(
     Raises ValueError for unknown metrics, metrics that need what is not there, and features that do not fit.
     """
     for name in metrics:
-        if name.partition("@")[0] not in METRIC_NAMES:
-            raise ValueError(f"metrics: {name!r}; accepted are {', '.join(METRIC_NAMES)} and vendi@ORDER")
-    _check_needs(metrics, reference, logits, labels)
-    n = len(features)
-    blocks = of_blocks(None, n) if n >= 20 else None
-    found = _pairs(features, reference, [name for name in metrics if name in NEEDS_ROWS], blocks, device)
+        try:
+            known_metric(name)
+        except ValueError as error:
+            raise ValueError(f"metrics: {error}") from error
+    check_features("features", features, reference.statistics.dim)
+    _check_needs(metrics, reference, len(features), logits, labels)
+    found = _pairs(features, reference, [name for name in metrics if name in NEEDS_ROWS], device)
 
     if {"fd", "relative-fd"} & set(metrics):
-        found["fd"] = frechet_estimate(features, reference.statistics, blocks)
+        found["fd"] = frechet_estimate(features, reference.statistics)
+    if "relative-fd" in metrics:
         found["relative-fd"] = _scaled(found["fd"], 100 / float(reference.statistics.covariance.trace()))
     for name in metrics:
         base, _, order = name.partition("@")
         if base == "vendi":
             found[name] = vendi_score(features, float(order or 1))
-        elif name == "inception-score":
-            assert logits is not None
-            found[name] = inception_score(logits, blocks)
-        elif name == "class-entropy":
-            assert logits is not None
-            found[name] = Estimate(class_entropy(logits.argmax(1), logits.shape[1]))
-        elif name == "class-accuracy":
-            assert logits is not None
-            assert labels is not None
-            found[name] = Estimate(class_accuracy(logits.argmax(1), labels))
+    if logits is not None:
+        found |= _of_classes(logits, labels, metrics)
     return {name: found[name] for name in metrics}
 
 
-def _check_needs(metrics: Sequence[str], reference: Reference, logits: Tensor | None, labels: Tensor | None) -> None:
+def _of_classes(logits: Tensor, labels: Tensor | None, metrics: Sequence[str]) -> dict[str, Estimate]:
+    found, predicted, n_classes = {}, logits.argmax(1), logits.shape[1]
+    if "inception-score" in metrics:
+        found["inception-score"] = inception_score(logits)
+    if "class-entropy" in metrics:
+        found["class-entropy"] = _jackknifed(lambda rows: class_entropy(predicted[rows], n_classes), len(logits))
+    if "class-accuracy" in metrics and labels is not None:
+        found["class-accuracy"] = _jackknifed(lambda rows: class_accuracy(predicted[rows], labels[rows]), len(logits))
+    return found
+
+
+def _jackknifed(statistic: Callable[[Tensor], float], n: int) -> Estimate:
+    """Of a function of which rows there are, [N] bool, at no cost worth a formula."""
+    value = statistic(torch.ones(n, dtype=torch.bool))
+    if n < BLOCKS:
+        return Estimate(value)
+    blocks = block_of(range(n))
+    return jackknife(value, [statistic(blocks != b) for b in range(BLOCKS)])
+
+
+def _check_needs(
+    metrics: Sequence[str], reference: Reference, n: int, logits: Tensor | None, labels: Tensor | None
+) -> None:
+    for rows, needed in ((logits, "logits"), (labels, "labels")):
+        if rows is not None and len(rows) != n:
+            raise ValueError(f"{needed}: shape {list(rows.shape)}; needed are {n} rows, one for each of the features")
     for name in metrics:
         if name in NEEDS_ROWS and reference.rows is None:
             raise ValueError(f"metrics: {name} needs the reference's images; statistics alone are not enough")
@@ -101,7 +121,7 @@ def _check_needs(metrics: Sequence[str], reference: Reference, logits: Tensor | 
 
 
 def _pairs(
-    fake: Tensor, reference: Reference, asked: Collection[str], blocks: Tensor | None, device: torch.device | str | None
+    fake: Tensor, reference: Reference, asked: Collection[str], device: torch.device | str | None
 ) -> dict[str, Estimate]:
     """One pass over the pairs; two where the sides differ in number and both kinds are asked for."""
     if not asked:
@@ -115,8 +135,7 @@ def _pairs(
     found: dict[str, Estimate] = {}
     for names, rows, samples in passes:
         if names:
-            own = None if blocks is None else blocks[:samples]
-            result = pairwise(real[:rows], fake[:samples], asked=names, blocks=own, device=device)
+            result = pairwise(real[:rows], fake[:samples], asked=names, device=device)
             for name in names:
                 estimate = getattr(result, {"kd": "kernel_distance", "clip-mmd": "mmd"}.get(name, name))
                 assert estimate is not None

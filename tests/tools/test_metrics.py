@@ -1,244 +1,242 @@
+"""Every metric by its name: that it is wired to the right numbers, in the right order. The formulas have tests of
+their own (test_frechet.py, test_pairwise.py, test_vendi.py, test_classes.py)."""
+
 import math
 
 import numpy as np
 import pytest
-import scipy.linalg
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from scipy.stats import entropy
 from torch import Tensor
 
-from tools.frechet import frechet_distance
-from tools.metrics import class_entropy, precision_recall
+from distill.data import digits
+from tools.features import Extracted, load_extractor
+from tools.frechet import frechet_estimate
+from tools.manifest import DEFAULT_METRICS, METRIC_NAMES
+from tools.metrics import Reference, evaluate
+from tools.pairwise import density_coverage, precision_recall
 from tools.statistics import FeatureStatistics
 
 
-def of(rows: Tensor) -> FeatureStatistics:
-    statistics = FeatureStatistics(rows.shape[1])
-    statistics.update(rows)
-    return statistics
-
-
-def given_moments(mean: Tensor, covariance: Tensor, tmp_path) -> FeatureStatistics:
-    np.savez(tmp_path / "moments.npz", mu=mean.numpy(), sigma=covariance.numpy())
-    return FeatureStatistics.load(tmp_path / "moments.npz")
-
-
 def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def rotation(d: int, seed: int = 9) -> Tensor:
-    return torch.linalg.qr(normal(d, d, seed=seed)).Q
+REAL, FAKE = normal(90, 6), 1.2 * normal(70, 6, seed=1) + 0.3
+LOGITS, LABELS = 2 * normal(70, 4, seed=2), torch.arange(70) % 4
+ALL = (*METRIC_NAMES, "vendi@2", "vendi@inf")
 
 
-def nuclear(x: Tensor, y: Tensor) -> float:
-    """The distance of two sets by the singular values of their centred rows: exact whatever the ranks."""
-    a, b = ((r - r.mean(0)) / math.sqrt(len(r) - 1) for r in (x, y))
-    cross = torch.linalg.svdvals(a @ b.T).sum()
-    return float((x.mean(0) - y.mean(0)).square().sum() + a.square().sum() + b.square().sum() - 2 * cross)
+@pytest.fixture(scope="module")
+def reference() -> Reference:
+    return Reference.of(REAL, "noise")
 
 
-# Fréchet distance
+def test_every_metric_is_found_by_its_name_in_the_order_it_is_asked_for(reference: Reference) -> None:
+    found = evaluate(FAKE, reference, ALL, logits=LOGITS, labels=LABELS)
+    assert tuple(found) == ALL
+    assert tuple(evaluate(FAKE, reference, ALL[::-1], logits=LOGITS, labels=LABELS)) == ALL[::-1]
+    assert tuple(evaluate(FAKE, reference)) == DEFAULT_METRICS
+    for name, estimate in found.items():
+        assert math.isfinite(estimate.value), name
+        assert estimate.standard_error is not None, name
+        assert estimate.standard_error > 0, name
 
 
-def test_frechet_of_commuting_covariances(tmp_path) -> None:
-    q = rotation(6)
-    s1, s2 = torch.tensor([9.0, 4, 1, 1, 0.25, 0]).double(), torch.tensor([1.0, 4, 16, 0, 0.25, 4]).double()
-    a = given_moments(torch.zeros(6).double(), q @ s1.diag() @ q.T, tmp_path)
-    b = given_moments(torch.full((6,), 2.0).double(), q @ s2.diag() @ q.T, tmp_path)
-    distance = frechet_distance(a, b)
-    assert distance.mean_term == 24
-    assert distance.trace_term == pytest.approx(float((s1.sqrt() - s2.sqrt()).square().sum()), rel=1e-7)  # singular
-    assert distance.value == distance.mean_term + distance.trace_term
+def test_together_they_are_what_each_is_alone(reference: Reference) -> None:
+    """To the bit: one pass over the pairs serves all that are asked for."""
+    together = evaluate(FAKE, reference, ALL, logits=LOGITS, labels=LABELS)
+    for name in ALL:
+        assert evaluate(FAKE, reference, [name], logits=LOGITS, labels=LABELS)[name] == together[name], name
 
 
-def test_frechet_in_one_dimension() -> None:
-    x, y = 3 * normal(50, 1), normal(70, 1, seed=1) + 4
-    exact = float((x.mean() - y.mean()) ** 2 + (x.std() - y.std()) ** 2)
-    assert frechet_distance(of(x), of(y)).value == pytest.approx(exact, rel=1e-13)
+def test_the_values_are_those_of_the_definitions(reference: Reference) -> None:
+    found = {n: e.value for n, e in evaluate(FAKE, reference, ALL, logits=LOGITS, labels=LABELS).items()}
+    x, y = REAL.double().numpy(), FAKE.double().numpy()
+
+    known = frechet_estimate(FAKE, reference.statistics)
+    assert found["fd"] == known.value
+    assert found["relative-fd"] == pytest.approx(100 * known.value / np.trace(np.cov(x.T)), rel=1e-12)
+
+    def kernel_sums(kernel) -> tuple[float, float]:
+        """Without the diagonals, and with them."""
+        xx, xy, yy = kernel(x, x), kernel(x, y), kernel(y, y)
+        without = [(k.sum() - np.trace(k)) / len(k) / (len(k) - 1) for k in (xx, yy)]
+        return sum(without) - 2 * xy.mean(), xx.mean() + yy.mean() - 2 * xy.mean()
+
+    assert found["kd"] == pytest.approx(kernel_sums(lambda a, b: (a @ b.T / 6 + 1) ** 3)[0], rel=1e-4)
+    x, y = (rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (x, y))
+    assert found["clip-mmd"] == pytest.approx(1000 * kernel_sums(lambda a, b: np.exp((a @ b.T - 1) / 100))[1], rel=1e-3)
+
+    values = np.linalg.eigvalsh(y.T @ y / 70)
+    assert found["vendi"] == pytest.approx(np.exp(entropy(values)), rel=1e-10)
+    assert found["vendi@2"] == pytest.approx(1 / (values**2).sum(), rel=1e-10)
+    assert found["vendi@inf"] == pytest.approx(1 / values.max(), rel=1e-10)
+
+    p = torch.softmax(LOGITS.double(), 1).numpy()
+    assert found["inception-score"] == pytest.approx(np.exp(np.mean([entropy(q, p.mean(0)) for q in p])), rel=1e-12)
+    predicted = LOGITS.argmax(1).numpy()
+    assert found["class-entropy"] == pytest.approx(entropy(np.bincount(predicted)) / np.log(4), rel=1e-12)
+    assert found["class-accuracy"] == pytest.approx((predicted == LABELS.numpy()).mean(), rel=1e-12)
 
 
-@pytest.mark.parametrize("decades", [2, 16])
-def test_frechet_of_a_truth_by_construction(decades: int, tmp_path) -> None:
-    """S2 = T S1 T with T positive definite: (S1 S2)^1/2 has the trace of S1 T, however badly S1 is conditioned."""
-    d = 40
-    q = rotation(d)
-    s1 = q @ torch.logspace(0, -decades, d, dtype=torch.float64).diag() @ q.T
-    root = normal(d, d, seed=3) / math.sqrt(d)
-    t = root @ root.T + torch.eye(d)
-    s1 = (s1 + s1.T) / 2
-    s2 = t @ s1 @ t
-    s2 = (s2 + s2.T) / 2
-    zero = torch.zeros(d).double()
-    exact = float(s1.trace() + s2.trace() - 2 * (s1 @ t).trace())
-    a, b = given_moments(zero, s1, tmp_path), given_moments(zero, s2, tmp_path)
-    assert frechet_distance(a, b).value == pytest.approx(exact, rel=1e-11)
-    assert frechet_distance(b, a).value == pytest.approx(exact, rel=1e-11)
+def test_the_reference_is_the_real_side_and_the_neighbours_are_of_equally_many(reference: Reference) -> None:
+    """The first 70 of its 90 rows; and the first 50 of the samples, where the reference has 50."""
+    fewer = Reference.of(REAL[:50], "noise")
+    for against, m in ((reference, 70), (fewer, 50)):
+        found = evaluate(FAKE, against, DEFAULT_METRICS)
+        shares = precision_recall(REAL[:m], FAKE[:m])
+        assert (found["precision"].value, found["recall"].value) == (shares.precision, shares.recall)
+        assert shares.precision != shares.recall
+        masses = density_coverage(REAL[:m], FAKE[:m])
+        assert (found["density"].value, found["coverage"].value) == (masses.density, masses.coverage)
+    all_of_both = evaluate(FAKE, fewer, ["kd"])["kd"]
+    assert all_of_both != evaluate(FAKE[:50], fewer, ["kd"])["kd"]
 
 
-def test_frechet_agrees_with_scipys_sqrtm_where_that_works() -> None:
-    a, b = of(normal(400, 24)), of(normal(300, 24, seed=1) * 1.5 + 0.1)
-    root = scipy.linalg.sqrtm(a.covariance.numpy() @ b.covariance.numpy()).real
-    exact = float((a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace() - 2 * root.trace())
-    assert frechet_distance(a, b).value == pytest.approx(exact, rel=1e-11)
+def test_the_error_of_an_accuracy_is_that_of_a_share(reference: Reference) -> None:
+    """Of 4000 coins; the jackknife over ten blocks knows it to 1 / sqrt(18), here four times that."""
+    n = 4000
+    features, right = normal(n, 6, seed=3), torch.rand(n, generator=torch.Generator().manual_seed(4)) < 0.8
+    logits = torch.stack([right.float(), 1 - right.float()], 1)
+    estimate = evaluate(features, reference, ["class-accuracy"], logits=logits, labels=torch.zeros(n).long())
+    share = float(right.double().mean())
+    assert estimate["class-accuracy"].value == pytest.approx(share, rel=1e-12)
+    assert estimate["class-accuracy"].debiased == pytest.approx(share, rel=1e-12)
+    assert estimate["class-accuracy"].standard_error == pytest.approx((share * (1 - share) / n) ** 0.5, rel=4 / 18**0.5)
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.integers(0, 10**6), st.integers(1, 12), st.integers(2, 30), st.integers(2, 30))
-def test_frechet_laws(seed: int, d: int, n: int, m: int) -> None:
-    """Symmetric, not negative, blind to rotation, and of degree two; for all ranks."""
-    x, y = normal(n, d, seed=seed), 2 * normal(m, d, seed=seed + 1) + 0.5
-    value = frechet_distance(of(x), of(y)).value
-    assert value == pytest.approx(nuclear(x, y), rel=1e-7)
-    assert value >= 0
-    q = rotation(d, seed)
-    assert frechet_distance(of(y), of(x)).value == pytest.approx(value, rel=1e-7)
-    assert frechet_distance(of(x @ q), of(y @ q)).value == pytest.approx(value, rel=1e-7)
-    assert frechet_distance(of(8 * x), of(8 * y)).value == pytest.approx(64 * value, rel=1e-13)
+def test_too_few_for_an_error_have_values(reference: Reference) -> None:
+    found = evaluate(FAKE[:8], reference, ALL, logits=LOGITS[:8], labels=LABELS[:8])
+    assert all(math.isfinite(estimate.value) for estimate in found.values())
+    for name in ("fd", "class-accuracy", "precision"):
+        assert found[name].standard_error is None
+    assert found["fd"].warning is not None
 
 
-NASTY = {
-    "rank 1 both": (normal(40, 1) @ normal(1, 8, seed=1), normal(40, 1, seed=2) @ normal(1, 8, seed=3)),
-    "rank 1 one": (normal(40, 1) @ normal(1, 8, seed=1), normal(40, 8, seed=2)),
-    "N < d both": (normal(12, 30), normal(9, 30, seed=1) + 1),
-    "N < d one": (normal(12, 30), normal(200, 30, seed=1)),
-    "N = 2": (normal(2, 5), normal(2, 5, seed=1)),
-    "d = 1": (normal(5, 1), normal(4, 1, seed=1)),
-    "a constant feature": (torch.cat([normal(50, 4), torch.full((50, 1), 7.0).double()], 1), normal(50, 5, seed=1)),
-    "constant against not": (torch.full((50, 5), 7.0).double(), normal(50, 5, seed=1)),
-    "scales mixed": (normal(50, 3) * torch.tensor([1e-9, 1, 1e9]), normal(60, 3, seed=1)),
-}
+def test_statistics_are_enough_where_no_pairs_are_needed(reference: Reference) -> None:
+    alone = Reference(reference.statistics)
+    names = ["fd", "relative-fd", "vendi", "inception-score", "class-entropy", "class-accuracy"]
+    kept = evaluate(FAKE, reference, names, logits=LOGITS, labels=LABELS)
+    assert evaluate(FAKE, alone, names, logits=LOGITS, labels=LABELS) == kept
+    for name in sorted(set(METRIC_NAMES) - set(names)):
+        with pytest.raises(ValueError, match=f"metrics: {name} needs the reference's images"):
+            evaluate(FAKE, alone, ["fd", name])
 
 
-@pytest.mark.parametrize("name", NASTY)
-@pytest.mark.parametrize("scale", [1.0, 1e-100, 1e80])
-def test_frechet_of_nasty_sets(name: str, scale: float) -> None:
-    x, y = NASTY[name]
-    exact = nuclear(x, y)
-    for one, other in ((x, y), (y, x)):
-        value = frechet_distance(of(one * scale), of(other * scale)).value
-        assert value / scale**2 == pytest.approx(exact, rel=1e-9)
+def broken(*rows: int) -> Tensor:
+    bad = FAKE.clone()
+    bad[list(rows), 2] = float("nan")
+    return bad
 
 
-@pytest.mark.parametrize("name", NASTY)
-def test_identical_sets_are_at_distance_exactly_zero(name: str) -> None:
-    for rows in NASTY[name]:
-        assert frechet_distance(of(rows), of(rows)).value == 0
+@pytest.mark.parametrize(
+    ("features", "more", "message"),
+    [
+        (FAKE, {"metrics": ["fid"]}, "metrics: 'fid'; accepted are fd, relative-fd"),
+        (FAKE, {"metrics": ["vendi@x"]}, "metrics: 'vendi@x'; accepted are"),
+        (FAKE, {"metrics": ["fd@2"]}, "metrics: 'fd@2'; accepted are"),
+        (FAKE, {"metrics": ["inception-score"]}, r"inception-score needs an extractor that classifies \(noise does"),
+        (FAKE, {"metrics": ["class-entropy"]}, "class-entropy needs an extractor that classifies"),
+        (FAKE, {"metrics": ["class-accuracy"], "logits": LOGITS}, "class-accuracy needs samples that were asked for"),
+        (FAKE, {"metrics": ["class-accuracy"], "logits": LOGITS, "labels": LABELS[:9]}, r"labels: shape \[9\]; needed"),
+        (FAKE, {"metrics": ["inception-score"], "logits": LOGITS[:9]}, r"logits: shape \[9, 4\]; needed are 70 rows"),
+        (FAKE[:, :5], {}, r"features: shape \[70, 5\] is not \[N, 6\]"),
+        (FAKE[0], {}, r"features: shape \[6\] is not \[N, 6\]"),
+        (broken(3, 40), {"metrics": ["fd"]}, "features: 2 of 70 rows have NaN or infinite values: rows 3, 40"),
+        (broken(*range(9)), {}, "features: 9 of 70 rows have NaN or infinite values: rows 0, 1, 2, 3, 4, ..."),
+        (FAKE[:1], {"metrics": ["fd"]}, "1 rows have no covariance"),
+        (FAKE[:3], {"metrics": ["precision", "recall"]}, "recall of 3 neighbours among 3|precision of 3 neighbours"),
+    ],
+)
+def test_what_cannot_be_judged_is_refused(features: Tensor, more: dict, message: str, reference: Reference) -> None:
+    with pytest.raises(ValueError, match=message):
+        evaluate(features, reference, **more)
 
 
-def test_nearly_identical_sets_are_not_below_zero() -> None:
-    x = normal(30, 20)
-    for seed in range(20):
-        value = frechet_distance(of(x), of(x + 1e-12 * normal(30, 20, seed=seed))).value
-        assert 0 <= value < 1e-6
-
-
-def test_both_sets_constant() -> None:
-    assert frechet_distance(of(torch.zeros(3, 2)), of(torch.ones(3, 2))).value == 2
-
-
-def test_frechet_of_float32_statistics(tmp_path) -> None:
-    x, y = normal(15, 30), normal(12, 30, seed=1)  # rank-deficient, so float32 makes eigenvalues of both signs
-    a, b = (given_moments(s.mean.float(), s.covariance.float(), tmp_path) for s in (of(x), of(y)))
-    assert frechet_distance(a, b).value == pytest.approx(nuclear(x, y), rel=2e-3)
-    assert frechet_distance(a, a).value == 0
-
-
-def test_frechet_names_what_it_cannot_use() -> None:
-    with pytest.raises(ValueError, match="dim: statistics of 2 and of 3"):
-        frechet_distance(of(torch.zeros(3, 2)), of(torch.zeros(3, 3)))
+def test_a_reference_that_does_not_vary_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"all 9 samples have the same features \(noise\)"):
+        Reference.of(torch.ones(9, 4), "noise")
     with pytest.raises(ValueError, match="1 rows have no covariance"):
-        frechet_distance(of(torch.zeros(1, 2)), of(torch.zeros(3, 2)))
-    with pytest.raises(ValueError, match="too large for float64"):
-        frechet_distance(of(torch.tensor([[1e200], [-1e200]], dtype=torch.float64)), of(torch.zeros(3, 1)))
-    with pytest.raises(ValueError, match="too large for float64"):  # equal rows: only the means overflow
-        frechet_distance(of(torch.full((3, 1), 1e200, dtype=torch.float64)), of(torch.zeros(3, 1)))
+        Reference.of(torch.ones(1, 4))
+    constant = Reference(FeatureStatistics.of_moments(np.zeros(6), np.zeros((6, 6))))
+    assert evaluate(FAKE, constant, ["fd"])["fd"].value > 0
+    with pytest.raises(ValueError, match="relative-fd needs a reference that varies"):
+        evaluate(FAKE, constant, ["relative-fd"])
 
 
-# Precision and recall
+# Digits: what the numbers say of images that people know
 
 
-def brute(real: Tensor, fake: Tensor, k: int) -> tuple[float, float]:
-    """The definition, in float64 and with loops."""
-
-    def share(points: Tensor, manifold: Tensor) -> float:
-        radii = [sorted(float((p - q).norm()) for j, q in enumerate(manifold) if j != i)[k - 1]
-                 for i, p in enumerate(manifold)]  # fmt: skip
-        inside = [any(float((p - q).norm()) <= r for q, r in zip(manifold, radii, strict=True)) for p in points]
-        return sum(inside) / len(points)
-
-    return share(fake, real), share(real, fake)
+@pytest.fixture(scope="module")
+def held_out() -> Extracted:
+    return load_extractor("digits", (1, 8, 8))(digits("held-out").images)
 
 
-@pytest.mark.parametrize(("offset", "k"), [(0.0, 3), (1000.0, 3), (0.0, 1)])
-def test_precision_and_recall_are_the_definition(offset: float, k: int) -> None:
-    real, fake = normal(60, 3) + offset, 0.7 * normal(45, 3, seed=1) + 0.8 + offset
-    result = precision_recall(real, fake, k=k)
-    assert (result.precision, result.recall) == pytest.approx(brute(real, fake, k), abs=1e-12)
-    assert 0.1 < result.precision < 0.95  # not at an end, where a wrong radius would not show
-    assert 0.1 < result.recall < 0.95
+@pytest.fixture(scope="module")
+def real(held_out: Extracted) -> Reference:
+    return Reference.of(held_out.features, "digits")
 
 
-def test_precision_and_recall_do_not_depend_on_the_blocks(monkeypatch) -> None:
-    real, fake = normal(300, 8), 1.3 * normal(250, 8, seed=1)
-    whole = precision_recall(real, fake)
-    monkeypatch.setattr("tools.metrics.DISTANCE_BLOCK", 64)
-    assert precision_recall(real, fake) == whole
-    swapped = precision_recall(fake, real)
-    assert (swapped.recall, swapped.precision) == (whole.precision, whole.recall)
+def gaussian(n: int) -> Tensor:
+    """Samples of the Gaussian with the training half's mean and covariance: right moments, wrong digits."""
+    rows = digits("train").images.flatten(1).double()
+    values, vectors = torch.linalg.eigh(torch.cov(rows.T))
+    samples = normal(n, 64).double() * values.clamp(min=0).sqrt() @ vectors.T + rows.mean(0)
+    return samples.float().reshape(-1, 1, 8, 8)
 
 
-def test_precision_and_recall_by_hand() -> None:
-    """On a line, k = 1. Real balls: 0 and 1 of radius 1, 10 of radius 9. Fake balls: 1.5 and 1.8 of .3, 30 of 28.2."""
-    real, fake = torch.tensor([[0.0], [1.0], [10.0]]), torch.tensor([[1.5], [1.8], [30.0]])
-    result = precision_recall(real, fake, k=1)
-    assert result.precision == pytest.approx(2 / 3)  # 30 is 20 away from 10
-    assert result.recall == pytest.approx(1 / 3)  # 10 alone: the ball of 30 ends at 1.8
+def test_the_reference_against_itself_is_perfect(real: Reference, held_out: Extracted) -> None:
+    labels = digits("held-out").labels
+    names = ["fd", "relative-fd", "precision", "recall", "coverage", "class-entropy", "class-accuracy"]
+    found = {
+        name: estimate.value
+        for name, estimate in evaluate(held_out.features, real, names, logits=held_out.logits, labels=labels).items()
+    }
+    assert (found["fd"], found["relative-fd"]) == (pytest.approx(0, abs=1e-10), pytest.approx(0, abs=1e-10))
+    assert (found["precision"], found["recall"], found["coverage"]) == (1, 1, 1)
+    assert found["class-entropy"] == pytest.approx(1, abs=0.001)
+    assert found["class-accuracy"] > 0.97
 
 
-def test_precision_and_recall_of_the_extremes() -> None:
-    x = normal(50, 4)
-    assert precision_recall(x, x) == precision_recall(x, x.flip(0))
-    assert (precision_recall(x, x).precision, precision_recall(x, x).recall) == (1, 1)
-    apart = precision_recall(x, x + 1000)
-    assert (apart.precision, apart.recall) == (0, 0)
-    collapsed = precision_recall(x, x[:1] + 1e-3 * normal(50, 4, seed=1))
-    assert collapsed.precision == 1
-    assert collapsed.recall < 0.1
+def test_the_ladder_of_baselines(real: Reference) -> None:
+    """Real digits are better than a Gaussian with their moments, and that is better than noise, by every number."""
+    extractor = load_extractor("digits", (1, 8, 8))
+    floor, fitted, nothing = (
+        {name: estimate.value for name, estimate in evaluate(extractor(images).features, real, names).items()}
+        for names in [["relative-fd", "precision", "recall", "kd", "density", "coverage"]]
+        for images in (digits("train").images, gaussian(2000), normal(2000, 1, 8, 8))
+    )
+    assert floor["relative-fd"] < 0.5 < 5 < fitted["relative-fd"] < 20 < nothing["relative-fd"]
+    assert floor["precision"] > 0.85 > 0.6 > fitted["precision"] > nothing["precision"]
+    assert floor["recall"] > 0.85 > fitted["recall"] > nothing["recall"]
+    assert floor["kd"] < fitted["kd"] < nothing["kd"]
+    assert floor["density"] > fitted["density"] > nothing["density"]
+    assert floor["coverage"] > fitted["coverage"] > nothing["coverage"]
 
 
-def test_precision_and_recall_name_what_they_cannot_use() -> None:
-    x, bad = normal(10, 2), normal(10, 2)
-    bad[[2, 5], 1] = float("nan")
-    for real, fake, k, message in (
-        (x, normal(10, 3), 3, r"fake: shape \[10, 3\]"),
-        (x[0], x, 3, r"real: shape \[2\]"),
-        (bad, x, 3, "real: 2 of 10 rows"),
-        (x, bad, 3, "fake: 2 of 10 rows"),
-        (x, x[:3], 3, "k: 3 neighbours, of 10 real and 3 fake"),
-        (x, x, 0, "k: 0 neighbours"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            precision_recall(real, fake, k)
+def test_relative_fd_is_in_hundredths_of_the_references_spread(real: Reference) -> None:
+    """A constant set at the reference's mean would get 100; the reference's spread is all it lacks."""
+    assert real.rows is not None
+    rows = real.rows[:1].expand(40, -1)
+    away = float((rows[0].double() - real.statistics.mean).square().sum())
+    spread = float(real.statistics.covariance.trace())
+    assert evaluate(rows, real, ["relative-fd"])["relative-fd"].value == pytest.approx(
+        100 * (1 + away / spread), rel=1e-6
+    )
 
 
-# Class entropy
-
-
-def test_class_entropy_is_that_of_the_histogram() -> None:
-    assert class_entropy(torch.arange(40) % 10, 10) == pytest.approx(1, abs=1e-15)
-    assert class_entropy(torch.full((7,), 3), 10) == 0
-    assert class_entropy(torch.tensor([0, 0, 1, 1]), 4) == pytest.approx(0.5)
-    assert class_entropy(torch.tensor([0, 0, 0, 1]), 2) == pytest.approx(2 - 0.75 * math.log2(3))
-
-
-def test_class_entropy_names_what_it_cannot_use() -> None:
-    for labels, n_classes, message in (
-        ([0, 4], 4, "0 to 4 are not all in 0 to 3"),
-        ([-1, 2], 4, "-1 to 2 are not all"),
-        ([], 4, r"labels: shape \[0\]"),
-        ([0], 1, "n_classes: 1"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            class_entropy(torch.tensor(labels, dtype=torch.int64), n_classes)
+def test_class_accuracy_is_the_share_of_labels_that_came_true(real: Reference, held_out: Extracted) -> None:
+    labels = digits("held-out").labels
+    assert labels is not None
+    shifted = (labels + 1) % 10
+    half = torch.where(torch.arange(898) % 2 == 0, labels, shifted)
+    full, half_right, none = (
+        evaluate(held_out.features, real, ["class-accuracy"], logits=held_out.logits, labels=asked)[
+            "class-accuracy"
+        ].value
+        for asked in (labels, half, shifted)
+    )
+    assert full > 0.97
+    assert half_right == pytest.approx(full / 2, abs=0.01)
+    assert none < 0.03
