@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from scipy.linalg import lapack
 from torch import Tensor
 
+from tools.gram import check_features
 from tools.jackknife import BLOCKS, Estimate, jackknife, of_blocks
 from tools.statistics import FeatureStatistics
 
@@ -58,6 +59,7 @@ def frechet_estimate(features: Tensor, reference: FeatureStatistics, blocks: Ten
     blocks [N]: of each row (None: `block_of` the row numbers). With fewer than 8 d rows the interval is too narrow,
     with fewer than 20 there is none; the estimate says so. Raises ValueError as `frechet_distance` does.
     """
+    check_features("features", features, reference.dim)
     if len(features) < 2 * BLOCKS:
         whole = FeatureStatistics(reference.dim)
         whole.update(features)
