@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from samplers.atomic import atomic_write
 from tools.digest import digest_json
 from tools.jackknife import Estimate, jackknife
@@ -58,15 +60,11 @@ class Result:
     def load(cls, path: str | Path) -> "Result":
         """Raises ValueError, naming the file, for what is no result of this version, or was changed by hand."""
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            content = json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=_no_number)
             key, version = content.pop("key"), content.pop("version")
-            spaces = content.pop("values")
-            values = {space: {m: _estimate(e) for m, e in metrics.items()} for space, metrics in spaces.items()}
-            result = cls(values=values, **content)
+            result = TypeAdapter(cls).validate_python(content)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"result: {path} is not a result of distill-fid ({type(error).__name__}: {error})"
-            ) from error
+            raise ValueError(f"result: {path} is not a result of distill-fid ({_why(error)})") from error
         if version != VERSION:
             raise ValueError(f"result: {path} is of version {version}, not {VERSION}; its numbers do not compare")
         if key != result.key:
@@ -74,9 +72,15 @@ class Result:
         return result
 
 
-def _estimate(fields: dict[str, Any]) -> Estimate:
-    lists = {name: tuple(v) for name, v in fields.items() if isinstance(v, list)}
-    return Estimate(**(fields | lists))
+def _no_number(text: str) -> float:
+    raise ValueError(f"{text} is no number")
+
+
+def _why(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    return f"{type(error).__name__}: {error}"
 
 
 def read_results(paths: Iterable[str | Path]) -> list[Result]:
@@ -134,6 +138,8 @@ def compare(a: Result, b: Result) -> list[Difference]:
         for metric in a.values[space]:
             if metric in b.values[space]:
                 differences.append(_difference(space, metric, a.values[space][metric], b.values[space][metric], paired))
+    if not differences:
+        raise ValueError(f"metrics: {a.title} and {b.title} have none in common")
     return differences
 
 
