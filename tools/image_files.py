@@ -154,7 +154,6 @@ def _decode(file: Path | IO[bytes], name: str, channels: int) -> Tensor:
 
     try:
         with Image.open(file) as image:
-            _check_depth(image)
             if getattr(image, "is_animated", False):
                 raise ValueError("it has several frames; accepted are still images")
             if _has_alpha(image) and image.convert("RGBA").getchannel("A").getextrema() != (255, 255):

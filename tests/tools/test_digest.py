@@ -119,6 +119,15 @@ def test_a_cache_that_cannot_be_written_only_forgets(tmp_path: Path, settled) ->
         assert HashCache(place).digest(file) == hashlib.sha256(b"one").hexdigest()
 
 
+def test_what_others_wrote_since_is_kept(tmp_path: Path, settled) -> None:
+    for name in "ab":
+        (tmp_path / name).write_text(name)
+    caches = [HashCache(tmp_path / "hashes.json") for _ in range(2)]
+    for cache, name in zip(caches, "ab", strict=True):
+        cache.digest(tmp_path / name)
+    assert len(json.loads((tmp_path / "hashes.json").read_text())) == 2
+
+
 SHARED = """
 import sys
 from pathlib import Path

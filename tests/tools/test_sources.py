@@ -69,6 +69,8 @@ def test_equal_facts_are_of_equal_images_wherever_the_folder_lies(
     teacher: Path, gaussian: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(teacher, tmp_path / "copy")
+    half = digits("train")
+    Gaussian.fit([(1.1 * half.images, half.labels)], n_classes=10).save(tmp_path / "wider")
     own = [
         facts(teacher, **settings)
         for settings in (
@@ -78,6 +80,7 @@ def test_equal_facts_are_of_equal_images_wherever_the_folder_lies(
             {"guidance": 2.0},
             {"teleport": str(gaussian), "sigma_skip": 3.0},
             {"teleport": str(gaussian), "sigma_skip": 4.0},
+            {"teleport": str(tmp_path / "wider"), "sigma_skip": 3.0},
         )
     ]
     assert all(a != b for i, a in enumerate(own) for b in own[:i])
