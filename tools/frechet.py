@@ -129,12 +129,14 @@ def _even_exponent(covariance: Tensor) -> int:
 def _factor(covariance: Tensor) -> Tensor:
     """A [d, rank] with A A^T = covariance: Cholesky with complete pivoting, which finds the rank (LAPACK dpstrf).
 
-    It stops at the first pivot that is not positive. Raises ValueError where what is left then is not rounding.
+    It stops at the first pivot that is not positive. Raises ValueError where what is left then, seen by a random
+    vector, is not rounding.
     """
     factor, pivots, rank, _ = lapack.dpstrf(covariance.numpy(), lower=1)
     rows: NDArray[np.float64] = np.empty((len(pivots), rank))
     rows[pivots - 1] = np.tril(factor)[:, :rank]
-    trace = float(covariance.trace())
-    if abs(trace - float(np.square(rows).sum())) > NEGATIVE * trace:
+    probe = np.random.Generator(np.random.Philox(0)).standard_normal(len(pivots))
+    rest = covariance.numpy() @ probe - rows @ (rows.T @ probe)  # |rest| estimates the Frobenius norm of what is left
+    if np.linalg.norm(rest) > NEGATIVE * float(covariance.trace()):
         raise ValueError("sigma: not a covariance (an eigenvalue is clearly negative)")
     return torch.from_numpy(rows)

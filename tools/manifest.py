@@ -94,7 +94,7 @@ class Matrix(Section):
         (None,), description="noise levels to jump to; null is where the Gaussian's own bound says"
     )
     tolerance: Annotated[tuple[Positive, ...], BeforeValidator(_several)] = Field(
-        (0.1,), description="nats that such a jump may cost"
+        (0.05,), description="nats that such a jump may cost"
     )
     prompts: Annotated[tuple[str | None, ...], BeforeValidator(_several)] = Field(
         (None,), description="files of prompts, one a line, for text-to-image pipelines"
