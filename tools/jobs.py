@@ -19,7 +19,7 @@ from tools.cache import Cache, Stream
 from tools.digest import HashCache
 from tools.features import Extractor, load_extractor
 from tools.manifest import Manifest, Point
-from tools.metrics import NEEDS_ROWS, Reference, evaluate
+from tools.metrics import NEEDS_LOGITS, NEEDS_ROWS, Reference, evaluate
 from tools.presets import Shape
 from tools.provenance import provenance
 from tools.results import VERSION, Result, Values
@@ -52,7 +52,8 @@ class Job:
 class Batch:
     """A manifest's jobs, in a folder. Everything that can be wrong with them is found here, before any work.
 
-    Raises ValueError for sources, references, extractors and metrics that cannot be read or do not fit one another.
+    notes: points of the manifest that are no jobs, and why. Raises ValueError for sources, references, extractors and
+    metrics that cannot be read or do not fit one another.
     """
 
     def __init__(self, manifest: Manifest, folder: str | Path, device: str = "cpu", command: str = "") -> None:
@@ -61,6 +62,8 @@ class Batch:
         self._hashes = HashCache(self.folder / "hashes.json")
         self._read: dict[str, Reference] = {}
         self._extractors: dict[tuple[str, Shape | None], Extractor] = {}
+        self._classifying: dict[tuple[str, Shape | None], bool] = {}
+        self.notes: list[str] = []
         self.statistics, self.references = self._open_references()
         self.jobs = self._plan()
 
@@ -99,7 +102,7 @@ class Batch:
         return open_source(point.path, settings, device=self.device, hashes=self._hashes)
 
     def _samples(self, point: Point, source: Source) -> Stream | None:
-        """None for a draw that a folder has no images left for."""
+        """None, and a note, for a draw that a folder has no images left for."""
         draw, n, seed = point.axes["draw"], self.manifest.n, self.manifest.seed
         if source.count is None:
             return self._stream(source, seed + draw, range(n), {"seed": seed + draw})
@@ -109,7 +112,12 @@ class Batch:
         start = draw * n
         numbers = self._dealt(source.count, seed)[start : start + n]
         facts = {"order": [seed, start, start + n]}
-        return self._stream(source, seed, numbers, facts) if len(numbers) == n else None
+        if len(numbers) == n:
+            return self._stream(source, seed, numbers, facts)
+        enough = f"{point.name}: has {source.count} images, enough for {source.count // n} draws of {n}"
+        if (note := f"{enough}; left out: draw {draw}") not in self.notes:  # under every sampler
+            self.notes.append(note)
+        return None
 
     def _dealt(self, count: int, seed: int) -> list[int]:
         """Folders are often sorted by class, and a part of one should be like the whole."""
@@ -154,6 +162,9 @@ class Batch:
 
     def _check(self, spec: str, extractor: Extractor, stream: Stream) -> None:
         """Raises ValueError where samples and reference do not compare, naming both, or a metric lacks its needs."""
+        classes = [m for m in self._applicable(spec, stream) if m in NEEDS_LOGITS]
+        if classes and not self._classifies(spec, stream.source.shape):
+            raise ValueError(f"metrics: {classes[0]} needs an extractor that classifies; {extractor.name} does not")
         if spec in self.statistics:
             known, needs = self.statistics[spec], [m for m in self.manifest.features[spec] if m in NEEDS_ROWS]
             if known.extractor is not None and known.extractor != extractor.name:
@@ -170,6 +181,13 @@ class Batch:
                 f"features: {stream.source.title} is read by {extractor.name}, the reference {reference.title} by "
                 f"{other.name}; they do not compare"
             )
+
+    def _classifies(self, spec: str, shape: Shape | None) -> bool:
+        """Asked of the network itself, by an image: that it does not is better known now than after the last chunk."""
+        if (spec, shape) not in self._classifying:
+            image = torch.zeros(shape or (3, 8, 8), dtype=torch.uint8)
+            self._classifying[spec, shape] = self._extractor(spec, shape)([image]).logits is not None
+        return self._classifying[spec, shape]
 
     def result_file(self, job: Job) -> Path:
         return self.folder / "results" / f"{job.key}.json"

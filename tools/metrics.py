@@ -20,7 +20,7 @@ from tools.vendi import vendi_score
 
 _MANIFOLD = ("precision", "recall", "density", "coverage")  # they rise or fall with the number of samples
 NEEDS_ROWS = ("kd", "clip-mmd", *_MANIFOLD)  # of the reference
-_LOGITS = ("inception-score", "class-entropy", "class-accuracy")
+NEEDS_LOGITS = ("inception-score", "class-entropy", "class-accuracy")
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def _check_needs(
     for name in metrics:
         if name in NEEDS_ROWS and reference.rows is None:
             raise ValueError(f"metrics: {name} needs the reference's images; statistics alone are not enough")
-        if name in _LOGITS and logits is None:
+        if name in NEEDS_LOGITS and logits is None:
             raise ValueError(
                 f"metrics: {name} needs an extractor that classifies ({reference.statistics.extractor} does not)"
             )

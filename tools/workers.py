@@ -55,6 +55,8 @@ def run_batch(
     task = (manifest, str(folder), device, shard, command)
     with _ended_in_order():
         worker = _planned(*task)  # what is wrong is said, and files are hashed, before anything is started
+        for note in worker.batch.notes:
+            _line(note)
         if executor is not None:
             _calls(task, workers, executor)
         elif workers > 1:

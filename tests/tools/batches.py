@@ -1,9 +1,14 @@
 """Tiny but real batches of evaluations: models of a few thousand weights, small pictures, manifests, the command."""
 
+import multiprocessing
 import os
+import resource
+import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +20,8 @@ from tests.distill.tiny import save_teacher
 from tools.results import Result, Values, read_results
 
 SHAPE = (1, 8, 8)
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["tests.tools.preload"])
 COMMAND = (sys.executable, "-m", "tools.fid")
 ROOT = Path(__file__).parents[2]
 
@@ -69,6 +76,54 @@ def fid(*arguments: object, cwd: Path | None = None, **more: str) -> subprocess.
     return subprocess.run(
         command, cwd=cwd, env=environment(**more), capture_output=True, text=True, timeout=300, check=False
     )
+
+
+class Running:
+    """`distill-fid ARGUMENTS` at work, in a process that a server forks which has imported the libraries and never
+    computed: one of its own, that can be killed, and starts at once. file_limit: no file can grow beyond so many bytes.
+    """
+
+    def __init__(self, *arguments: object, log: Path, file_limit: int | None = None) -> None:
+        self.log = log
+        self.process: BaseProcess = SERVER.Process(target=_main, args=([*map(str, arguments)], log, file_limit))
+        self.process.start()
+
+    def until(self, happened: Callable[[], bool]) -> "Running":
+        """Waits until then, and asserts that it did not end before."""
+        while not happened():
+            assert self.process.is_alive(), self.text
+            time.sleep(0.001)
+        return self
+
+    def end(self, number: signal.Signals) -> int | None:
+        """Sends a signal, and returns the exit code."""
+        assert self.process.pid is not None
+        os.kill(self.process.pid, number)
+        return self.wait()
+
+    def wait(self, timeout: float = 200) -> int | None:
+        self.process.join(timeout)
+        assert self.process.exitcode is not None, f"still running: {self.text}"
+        return self.process.exitcode
+
+    @property
+    def text(self) -> str:
+        """What it has printed until now, on both streams."""
+        return self.log.read_text() if self.log.exists() else ""
+
+
+def _main(arguments: list[str], log: Path, file_limit: int | None) -> None:
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for number in (1, 2):
+        os.dup2(descriptor, number)
+    sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))  # noqa: SIM115
+    torch.set_num_threads(1)
+    if file_limit is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
+
+    from tools.fid import main
+
+    sys.exit(main(arguments))
 
 
 def values_in(folder: Path) -> dict[str, Values]:
