@@ -76,7 +76,8 @@ def markdown_table(results: Sequence[Result]) -> str:
         rates = [r.provenance["images_per_second"] for r in row.results if r.provenance.get("images_per_second")]
         speed = f"{statistics.fmean(rates):,.0f}" if rates else "–"
         line += [_plain(first.nfe), speed, f"{first.n} x {len(row.results)}"]
-    lines = [_line(heads), _line([":--", *["--:"] * (len(heads) - 1)]), *map(_line, cells), "", *_notes(results)]
+    lines = [_line(heads), _line([":--", *["--:"] * (len(heads) - 1)]), *map(_line, cells), ""]
+    lines += [f"- {note}" for note in _notes(results)]
     return "\n".join(lines) + "\n"
 
 
@@ -162,6 +163,8 @@ def plot_quality(results: Sequence[Result], folder: str | Path) -> list[Path]:
             )
         for label, spread in levels.items():
             axis.axhline(spread.mean, color="gray", linestyle=":", label=label)
+            if spread.spread:
+                axis.axhspan(spread.mean - spread.spread, spread.mean + spread.spread, color="gray", alpha=0.15)
         axis.set(xlabel="network evaluations a sample", ylabel=f"{space} {metric}", xscale="log")
         axis.legend(frameon=False, fontsize="small")
         files.append(Path(folder) / f"{space}-{metric}.png".replace("/", "_").replace(":", "_"))
@@ -175,7 +178,10 @@ def _label(row: Row, axes: Sequence[str]) -> str:
 
 def difference_table(differences: Sequence[Difference], a: str, b: str) -> str:
     """Markdown of b - a, with its 95 % interval and what that says; ends in a newline."""
-    lines = [_line(["", a, b, "difference", "95 % interval", ""]), _line([":--", "--:", "--:", "--:", "--:", ":--"])]
+    lines = [
+        _line(["", _escaped(a), _escaped(b), "difference", "95 % interval", ""]),
+        _line([":--", "--:", "--:", "--:", "--:", ":--"]),
+    ]
     for d in differences:
         interval, verdict = "–", "–"
         if d.interval is not None:
@@ -183,8 +189,12 @@ def difference_table(differences: Sequence[Difference], a: str, b: str) -> str:
             verdict = "differ" if d.interval[0] * d.interval[1] > 0 else "no difference shown"
         cells = [f"{d.extractor} {d.metric}", f"{d.a:.4g}", f"{d.b:.4g}", f"{d.difference:+.4g}", interval, verdict]
         lines.append(_line(cells))
-    paired = "paired: the same noise" if differences[0].paired else "not paired: the errors of both are added"
-    return "\n".join([*lines, "", f"{paired}; fd differences are of the debiased values"]) + "\n"
+    apart = [f"{d.extractor} {d.metric}" for d in differences if not d.paired]
+    notes = ["paired by sample number"] if len(apart) < len(differences) else []
+    notes += [f"not paired, the errors of both are added: {', '.join(apart)}"] if apart else []
+    if any(d.metric in DEBIASED for d in differences):
+        notes.append("differences of fd are of the debiased values")
+    return "\n".join([*lines, "", *(f"- {note}" for note in notes)]) + "\n"
 
 
 def _written(spread: Spread | None) -> str:
