@@ -11,7 +11,8 @@ import torch
 from distill.data import digits
 from distill.generate import load_generator
 from samplers import Gaussian
-from tests.distill.tiny import save_teacher
+from tests.distill.command import distill
+from tests.distill.tiny import TRAIN, save_teacher, write_config
 from tools.features import quantise
 from tools.sources import SourceSettings, open_source, write_png
 
@@ -153,3 +154,23 @@ def test_paths_and_settings_that_are_none_are_refused_at_once(teacher: Path, tmp
     ):
         with pytest.raises(ValueError, match=message):
             SourceSettings(**settings)
+
+
+@pytest.mark.slow
+def test_a_students_run_is_what_it_exports_and_is_watched_while_it_trains(tmp_path: Path) -> None:
+    save_teacher(tmp_path / "pipeline")
+    write_config(tmp_path, TRAIN)
+    assert distill("train", "--config", "config.yaml", cwd=tmp_path).code == 0
+    assert distill("export", "student", "exported", cwd=tmp_path).code == 0
+    run, exported = (open_source(tmp_path / name) for name in ("student", "exported"))
+    for source in (run, exported):
+        assert (source.nfe, source.shape, source.n_classes) == (1, (1, 8, 8), 10)
+    pairs = zip(run.read(3, range(8)).images, exported.read(3, range(8)).images, strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert run.facts == facts(tmp_path / "student", sampler="euler", guidance=3.0)
+
+    run.close()
+    checkpoints = tmp_path / "student/checkpoints"
+    shutil.copytree(checkpoints / "step-00000006", checkpoints / "step-00000008")
+    with pytest.raises(ValueError, match="student: is not what it was when it was opened"):
+        run.read(3, range(8))
