@@ -15,7 +15,8 @@ disback      configuration -> path, and target on it      degradation   stage 1:
 nodes        a path on disk: nodes, manifest              mismatch      a score's distance to a student's own
 noise        samples of a process, noise levels           optim         one network's update
 checkpoint   resumable, safetensors (atomic: files)       export        students as diffusers folders (card: cards)
-generate     images from a folder                         pictures      grids and curves
+recipe       what a folder would make images by           generate      images by a recipe
+prompts      images from pipelines of latents             pictures      grids and curves
 gaussian     a Gaussian of data or latents, streaming     latents       a pipeline's VAE, inverted
 """
 
