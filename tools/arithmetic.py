@@ -1,6 +1,7 @@
 """Feature networks compute in float32 as written: no TF32, no bfloat16, no autocast, no kernels chosen by a race.
 
-A user's training script may have allowed all of these; numbers that are to be compared must not depend on it.
+A user's training script may have allowed all of these; numbers that are to be compared must not depend on it, nor on
+how many threads a process happened to have.
 """
 
 from collections.abc import Iterator
@@ -33,3 +34,18 @@ def full_precision(device: torch.device) -> Iterator[None]:
     finally:
         for (owner, name, _), value in zip(switches, before, strict=True):
             setattr(owner, name, value)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Within, sums on the CPU are taken in one order; with several threads it depends on their number, and so do the
+    last bits of a covariance. A launcher gives each of its processes one thread, a shell gives all of them."""
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]  # scipy's threads are its own
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with threadpool_limits(1):
+            yield
+    finally:
+        torch.set_num_threads(before)

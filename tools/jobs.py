@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from tools.arithmetic import one_thread
 from tools.cache import Cache, Stream
 from tools.digest import HashCache
 from tools.features import Extractor, load_extractor
@@ -206,14 +207,15 @@ class Batch:
         seconds = 0.0
         for spec, extractor in job.extractors.items():
             found = self.cache.read(job.stream, extractor.name)
-            values[spec] = evaluate(
-                found.rows,
-                self._reference(spec),
-                self._applicable(spec, job.stream),
-                logits=found.logits,
-                labels=found.labels,
-                device=self.device,
-            )
+            with one_thread():
+                values[spec] = evaluate(
+                    found.rows,
+                    self._reference(spec),
+                    self._applicable(spec, job.stream),
+                    logits=found.logits,
+                    labels=found.labels,
+                    device=self.device,
+                )
             seconds = found.seconds
         rate = len(job.stream.numbers) / seconds if job.stream.source.count is None and seconds else None
         return job.result(values, provenance(self.device, self.command) | {"images_per_second": rate})

@@ -197,3 +197,23 @@ def test_what_is_wrong_with_the_last_job_is_found_before_the_first(
     with pytest.raises(ValueError, match=r"metrics: class-entropy needs an extractor that classifies; pixels\|.* does"):
         opened(tmp_path, reference, {"a": models["teacher"]}, features={"pixels": ["fd", "class-entropy"]})
     assert not list((tmp_path / "out").rglob("*.safetensors"))
+
+
+def test_a_judgement_has_the_same_bits_on_any_number_of_threads(reference: Path, tmp_path: Path) -> None:
+    """A launcher gives a process one thread, a shell gives it all: with 200 pixels their covariances differ."""
+    pictures = {name: save_pictures(tmp_path / name, 400, k, (1, 14, 14)) for k, name in enumerate("ab")}
+    found = []
+    before = torch.get_num_threads()
+    for threads in (1, 2, 4):
+        torch.set_num_threads(threads)
+        try:
+            batch = opened(tmp_path, pictures["a"], {"b": pictures["b"]}, features={"pixels": ["fd", "vendi"]}, n=400)
+            (job,) = batch.jobs
+            for stream, extractors in batch.streams_of(job):
+                for chunk in range(stream.chunks):
+                    batch.cache.compute(stream, batch.cache.missing(stream, extractors, chunk), chunk)
+            found.append(batch.judge(job).values)
+            assert torch.get_num_threads() == threads
+        finally:
+            torch.set_num_threads(before)
+    assert found[0] == found[1] == found[2]
