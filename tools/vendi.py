@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tools.gram import check_features, few
+from tools.gram import check_features, few, square
 from tools.jackknife import BLOCKS, Estimate, jackknife, of_blocks
 
 KERNELS = ("cosine", "linear")
@@ -45,12 +45,12 @@ def vendi_score(
 
     grouped = None if not errors or (blocks is None and n < BLOCKS) else of_blocks(blocks, n).to(rows.device)
     if n <= d:
-        whole = _gram(rows.T)
+        whole = square(rows)
         kept = [] if grouped is None else [grouped != b for b in range(BLOCKS)]
         matrices = (whole[keep][:, keep] for keep in kept)
     else:
-        parts = [] if grouped is None else [_gram(rows[grouped == b]) for b in range(BLOCKS)]
-        whole = _gram(rows) if grouped is None else torch.stack(parts).sum(dim=0)
+        parts = [] if grouped is None else [square(rows[grouped == b].T) for b in range(BLOCKS)]
+        whole = square(rows.T) if grouped is None else torch.stack(parts).sum(dim=0)
         matrices = (whole - part for part in parts)
 
     zero = len(whole) * torch.finfo(torch.float64).eps * float(whole.trace())
@@ -78,11 +78,6 @@ def _normed(features: Tensor, kernel: str) -> Tensor:
         raise ValueError(f"features: {len(zero)} of {len(features)} rows are zero and have no direction: {few(zero)}")
     rows = features.double() / largest
     return rows / rows.norm(dim=1, keepdim=True)
-
-
-def _gram(rows: Tensor) -> Tensor:
-    """rows^T rows; numpy sees that the two are one and does half of the work."""
-    return torch.from_numpy(rows.numpy().T @ rows.numpy()) if rows.device.type == "cpu" else rows.T @ rows
 
 
 def _score(matrix: Tensor, q: float, zero: float) -> float:
