@@ -146,6 +146,8 @@ def _shard(text: str) -> tuple[int, int]:
 
 
 def _stats(arguments: argparse.Namespace, _: str) -> None:
+    if arguments.out.suffix != ".npz":
+        raise ValueError(f"out: {arguments.out} is no .npz, by which statistics are known")
     _make_room(arguments.out)
     from tools.features import load_extractor
     from tools.sources import open_source
@@ -191,6 +193,7 @@ def _score(arguments: argparse.Namespace, command: str) -> None:
     from tools.report import markdown_table
     from tools.workers import run_batch
 
+    _can_be_folder(arguments.out)
     with tempfile.TemporaryDirectory() as spare:
         folder, device = arguments.out or Path(spare), _device(arguments.device)
         print(markdown_table(run_batch(manifest, folder, device=device, command=command)), end="")
@@ -198,6 +201,7 @@ def _score(arguments: argparse.Namespace, command: str) -> None:
 
 def _batch(arguments: argparse.Namespace, command: str) -> None:
     manifest = read_manifest(arguments.manifest)
+    _can_be_folder(arguments.out)
     folder = arguments.out or Path("runs") / arguments.manifest.stem
     from tools.workers import run_batch
 
@@ -228,6 +232,7 @@ def _report(arguments: argparse.Namespace, _: str) -> None:
     for file in (arguments.csv, arguments.markdown):
         if file is not None:
             _make_room(file)
+    _can_be_folder(arguments.plots)
     from samplers.atomic import atomic_write
     from tools.report import csv_table, markdown_table, plot_quality
     from tools.results import read_results
@@ -242,8 +247,11 @@ def _report(arguments: argparse.Namespace, _: str) -> None:
             with atomic_write(file) as opened:
                 opened.write(table(results).encode())
     if arguments.plots is not None:
-        for picture in plot_quality(results, arguments.plots):
+        pictures = plot_quality(results, arguments.plots)
+        for picture in pictures:
             print(picture)
+        if not pictures:
+            print("plots: none, no source has two numbers of evaluations", file=sys.stderr)
 
 
 def _print_report(results: "list[Result]") -> None:
@@ -301,6 +309,12 @@ def _named(sources: list[str]) -> dict[str, str]:
             raise ValueError(f"source: two are called {name!r}; write NAME=PATH to tell them apart")
         named[name] = path
     return named
+
+
+def _can_be_folder(out: Path | None) -> None:
+    """Raises ValueError when `out` is a file."""
+    if out is not None and out.exists() and not out.is_dir():
+        raise ValueError(f"out: {out} is a file, not a folder to write into")
 
 
 def _make_room(out: Path) -> None:

@@ -39,8 +39,9 @@ def known_metric(name: Any) -> Any:
 
 
 def _extractor(spec: Any) -> Any:
-    preset = str(spec).partition(":")[0]
-    if preset not in PRESET_NAMES and "." not in preset:
+    preset, _, rest = str(spec).partition(":")
+    own = rest and all(part.isidentifier() for part in preset.split("."))
+    if preset not in PRESET_NAMES and not own:
         raise ValueError(
             f"{spec!r}; accepted are {', '.join(PRESET_NAMES)}, PRESET:WEIGHTS, or package.module:attribute of your own"
         )

@@ -2,7 +2,9 @@
 
 import tempfile
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from distill.run import differences
 from tools.jobs import Batch, Job
@@ -31,12 +33,19 @@ def verify(path: str | Path, device: str | None = None, recompute: bool = False)
         except ValueError as error:
             yield False, f"inputs: cannot be read any more: {error}"
             return
+        if not batch.jobs:
+            yield False, f"inputs: have changed: {'; '.join(batch.notes)}"
+            return
         (job,) = batch.jobs
         changed = differences(result.facts | result.inputs["facts"], job.facts | job.stream.facts)
         if changed:
             yield False, f"inputs: have changed: {'; '.join(changed)}"
             return
         yield True, "inputs: unchanged"
+        again = job.result({}, {})
+        wrong = [part for part in ("axes", "n", "nfe") if getattr(again, part) != getattr(result, part)]
+        if wrong:
+            yield False, f"{wrong[0]}: {getattr(result, wrong[0])}, where its inputs give {getattr(again, wrong[0])}"
 
         missing = sum(
             bool(batch.cache.missing(stream, extractors, chunk))
@@ -46,7 +55,12 @@ def verify(path: str | Path, device: str | None = None, recompute: bool = False)
         if missing and not recompute:
             yield True, f"values: not looked at, {missing} chunks of features are not there (--recompute makes them)"
             return
-        yield _compared(result.values, _recomputed(batch, job) if recompute else batch.judge(job).values)
+        try:
+            found = _recomputed(batch, job) if recompute else batch.judge(job).values
+        except ValueError as error:  # chunks that were changed
+            yield False, f"values: {error}"
+            return
+        yield _compared(result.values, found)
 
 
 def _recomputed(batch: Batch, job: Job) -> Values:
@@ -56,11 +70,21 @@ def _recomputed(batch: Batch, job: Job) -> Values:
 
 def _compared(kept: Values, found: Values) -> tuple[bool, str]:
     """Equal numbers are equal bits: they were written with all their digits."""
+    ours, theirs = _flat(kept), _flat(found)
     wrong = [
-        f"{space} {metric} is {estimate.value!r}, and was {kept[space][metric].value!r}"
-        for space, metrics in found.items()
-        for metric, estimate in metrics.items()
-        if estimate != kept[space][metric]
+        f"{place} is {theirs.get(place)!r}, and was {ours.get(place)!r}"
+        for place in {**ours, **theirs}
+        if ours.get(place) != theirs.get(place)
     ]
     count = sum(map(len, found.values()))
     return not wrong, f"values: {'; '.join(wrong)}" if wrong else f"values: all {count} are the same to the bit"
+
+
+def _flat(values: Values) -> dict[str, Any]:
+    """extractor metric field -> what it is."""
+    return {
+        f"{space} {metric} {field}": value
+        for space, metrics in values.items()
+        for metric, estimate in metrics.items()
+        for field, value in asdict(estimate).items()
+    }

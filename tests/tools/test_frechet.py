@@ -168,6 +168,13 @@ def test_frechet_of_two_extractors_is_refused_naming_both() -> None:
     assert frechet_distance(a, of(rows)).value == 0  # a file that does not say is taken at its word
 
 
+def test_a_matrix_with_a_negative_eigenvalue_is_refused() -> None:
+    bad = FeatureStatistics.of_moments(np.zeros(6), np.eye(6) - 0.5)  # its least eigenvalue is -2
+    for one, other in ((bad, of(normal(20, 6))), (of(normal(20, 6)), bad)):
+        with pytest.raises(ValueError, match="sigma: not a covariance"):
+            frechet_distance(one, other)
+
+
 # Estimates
 
 
@@ -259,9 +266,9 @@ def test_estimates_name_what_they_cannot_use() -> None:
     bad = normal(40, 3)
     bad[[3, 7], 1] = float("nan")
     for features, blocks, message in (
-        (bad, None, "rows have NaN"),
+        (bad, None, "2 of 40 rows have NaN"),
         (bad[:19], None, "2 of 19 rows have NaN"),
-        (normal(40, 4), None, r"4\] is not \[N, 3\]"),
+        (normal(40, 4), None, r"\[40, 4\] is not \[N, 3\]"),
         (normal(1, 3), None, "1 rows have no covariance"),
         (normal(40, 3), block_of(range(39)), r"blocks: \[39\]"),
     ):

@@ -24,7 +24,7 @@ def test_blocks_of_consecutive_numbers_are_of_equal_size(first: int, n: int) -> 
     assert sizes.sum() == n
 
 
-@given(st.lists(st.integers(0, 2000), min_size=1, max_size=60))
+@given(st.lists(st.integers(0, 2000), max_size=60))
 def test_a_block_is_a_function_of_the_number_only(numbers: list[int]) -> None:
     known = block_of(range(2001))
     found = block_of(numbers)
@@ -143,6 +143,7 @@ def test_blocks_are_those_of_the_row_numbers_unless_given() -> None:
         (torch.arange(20) % 10 - 1, 20, "-1 to 8; accepted"),
         (torch.arange(20) % 9, 20, "20 do not fill 10 blocks"),
         (None, 9, "9 do not fill 10 blocks"),
+        (None, 0, "0 do not fill 10 blocks"),
     ],
 )
 def test_blocks_that_are_none_are_refused(blocks: torch.Tensor | None, n: int, message: str) -> None:

@@ -112,7 +112,9 @@ def test_a_pattern_stands_for_what_it_matches_in_order(tmp_path: Path) -> None:
 # Features and metrics
 
 
-@pytest.mark.parametrize("spec", [*PRESET_NAMES, "inception-clean:weights/a.pth", "package.module:attribute"])
+@pytest.mark.parametrize(
+    "spec", [*PRESET_NAMES, "inception-clean:weights/a.pth", "package.module:attribute", "module:attribute"]
+)
 def test_an_extractor_is_a_preset_or_ones_own(spec: str) -> None:
     assert of(features=spec).features == of(features=[spec]).features == {spec: DEFAULT_METRICS}
     assert of(features={spec: "fd"}).features == {spec: ("fd",)}
@@ -175,6 +177,9 @@ def test_a_matrix_that_is_none_is_told_so(matrix: dict, message: str) -> None:
         ({"features": {"digits": []}}, "features: needed is an extractor with at least one metric"),
         ({"features": "inception"}, "features.inception.[key]: 'inception'; accepted are digits, pixels, inception"),
         ({"features": "inception"}, "package.module:attribute of your own"),
+        ({"features": "inceptin-clean:w.pth"}, "'inceptin-clean:w.pth'; accepted are"),
+        ({"features": "package.module"}, "'package.module'; accepted are"),
+        ({"features": "module:"}, "'module:'; accepted are"),
         ({"features": {"digits": "fid"}}, "features.digits.0: 'fid'; accepted are fd, relative-fd"),
         ({"features": {"digits": ["fd", "kd", "fd"]}}, "features: digits: 'fd' is there twice"),
         ({"features": {"digits": "vendi@-1"}}, "'vendi@-1'; accepted are"),
