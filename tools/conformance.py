@@ -124,7 +124,7 @@ def _ask(implementation: bytes, case: str, time_limit: float) -> Outcome:
     theirs.close()
     try:
         if not ours.poll(STARTING):
-            raise TimeoutError(f"{case}: no process after {STARTING:g} s")
+            return Outcome(case, False, "hung", note=f"not imported after {STARTING:g} s")
         ours.recv()
         if not ours.poll(time_limit):
             return Outcome(case, False, "hung", seconds=time_limit, note=f"no answer after {time_limit:g} s")
