@@ -47,8 +47,12 @@ def adapt(network: nn.Module, title: str, shape: Shape, device: torch.device) ->
     ValueError when it does not map images of `shape` to one vector each.
     """
     network = network.to(device).eval()
-    with torch.no_grad():
-        probe = network(torch.zeros(2, *shape, device=device))
+    try:
+        with torch.no_grad():
+            probe = network(torch.zeros(2, *shape, device=device))
+    except Exception as error:  # whatever the user's module raises at a shape that it does not read
+        said = " ".join(str(error).split())
+        raise ValueError(f"features: {title} cannot read {[2, *shape]} ({type(error).__name__}: {said})") from error
     if not isinstance(probe, Tensor) or probe.ndim != 2 or len(probe) != 2 or not probe.is_floating_point():
         got = list(probe.shape) if isinstance(probe, Tensor) else type(probe).__name__
         raise ValueError(f"features: {title} maps {[2, *shape]} to {got}; accepted: floats of shape [2, dim]")

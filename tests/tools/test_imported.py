@@ -91,3 +91,8 @@ def test_what_is_no_feature_network_raises() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             load_extractor(spec, (3, 5, 6))
+
+
+def test_a_network_that_cannot_read_the_images_says_what_it_said() -> None:
+    with pytest.raises(ValueError, match=r"cannot read \[2, 1, 8, 8\] \(RuntimeError: .*channels"):
+        load_extractor(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten()), (1, 8, 8))
