@@ -241,6 +241,10 @@ class Worker:
             self.failures[job.key] = f"{job.point.name}: {' '.join(str(error).split())}"
             self.bar.say(self.failures[job.key])
             return True
+        except OSError as error:  # of a full disk, which is no job's fault
+            if error.errno is None or error.filename is not None:
+                raise
+            raise OSError(error.errno, error.strerror, str(self.batch.folder)) from error
 
     def _chunks(self, job: "Job") -> tuple[bool, bool]:
         """Computes the chunks that nobody holds: whether there was one, and whether all are there."""
