@@ -6,6 +6,7 @@ import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from multiprocessing.process import BaseProcess
@@ -78,6 +79,18 @@ def fid(*arguments: object, cwd: Path | None = None, **more: str) -> subprocess.
     )
 
 
+def forked(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """The same in a process that a server forks which has imported the libraries: of its own, and at once."""
+    words = [str(argument) for argument in arguments]
+    with tempfile.TemporaryDirectory() as spare:
+        streams = [Path(spare) / name for name in ("out", "err")]
+        process = SERVER.Process(target=_forked, args=(words, cwd, streams))
+        process.start()
+        process.join(200)
+        assert process.exitcode is not None, "still running"
+        return subprocess.CompletedProcess(words, process.exitcode, *(file.read_text() for file in streams))
+
+
 class Running:
     """`distill-fid ARGUMENTS` at work, in a process that a server forks which has imported the libraries and never
     computed: one of its own, that can be killed, and starts at once. file_limit: no file can grow beyond so many bytes.
@@ -120,6 +133,18 @@ def _main(arguments: list[str], log: Path, file_limit: int | None) -> None:
     torch.set_num_threads(1)
     if file_limit is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
+
+    from tools.fid import main
+
+    sys.exit(main(arguments))
+
+
+def _forked(arguments: list[str], cwd: Path, streams: list[Path]) -> None:
+    for number, file in enumerate(streams, start=1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
+    sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))  # noqa: SIM115
+    os.chdir(cwd)
+    torch.set_num_threads(1)
 
     from tools.fid import main
 
