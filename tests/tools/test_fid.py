@@ -281,7 +281,7 @@ def test_metrics_are_asked_for_by_extractor_or_for_all(inputs: Path, tmp_path: P
 
 def test_score_of_a_pipeline_is_of_its_seed(inputs: Path, tmp_path: Path) -> None:
     def values(seed: int) -> list[dict]:
-        common = ("--n", 8, "--draws", 2, "--steps", 2, "--batch", 4, "--features", "digits=fd,class-accuracy")
+        common = ("--n", 8, "--draws", 2, "--steps", 2, "--batch", 20, "--features", "digits=fd,class-accuracy")
         result = forked(
             "score", f"tiny={inputs / 'teacher'}", *common, "--seed", seed, "--out", f"r{seed}", cwd=tmp_path
         )
