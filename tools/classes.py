@@ -25,18 +25,33 @@ def inception_score(logits: Tensor, blocks: Tensor | None = None) -> Estimate:
     if len(bad):
         raise ValueError(f"logits: {len(bad)} of {len(logits)} rows have NaN or infinite values: {few(bad)}")
 
-    probabilities = torch.softmax(logits.detach().double(), dim=1)
-    entropies = torch.special.entr(probabilities).sum(dim=1)
-    if blocks is None and len(logits) < BLOCKS:
-        return Estimate(_score(probabilities.sum(dim=0), entropies.sum(), len(logits)))
+    several = blocks is not None or len(logits) >= BLOCKS
+    block = of_blocks(blocks, len(logits)) if several else torch.zeros(len(logits), dtype=torch.int64)
+    return score_of_sums(*block_sums(logits, block))
 
-    block = of_blocks(blocks, len(logits)).to(logits.device)
+
+def block_sums(logits: Tensor, block: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of samples with logits [N, C] in blocks [N]: probabilities [10, C] and entropies [10] summed, counts [10]."""
+    probabilities, block = torch.softmax(logits.detach().double(), dim=1), block.to(logits.device)
+    entropies = torch.special.entr(probabilities).sum(dim=1)
     marginals = probabilities.new_zeros(BLOCKS, logits.shape[1]).index_add_(0, block, probabilities)
     conditionals = probabilities.new_zeros(BLOCKS).index_add_(0, block, entropies)
-    counts = torch.bincount(block, minlength=BLOCKS)
-    marginal, conditional, n = marginals.sum(dim=0), conditionals.sum(), len(logits)
+    return marginals, conditionals, torch.bincount(block, minlength=BLOCKS)
+
+
+def score_of_sums(marginals: Tensor, conditionals: Tensor, counts: Tensor) -> Estimate:
+    """The Inception Score from `block_sums`, added up over batches or ranks; without an error if a block is empty.
+
+    Raises ValueError for no samples.
+    """
+    marginal, conditional, n = marginals.sum(dim=0), conditionals.sum(), int(counts.sum())
+    if not n:
+        raise ValueError("logits: 0 samples have no score (1 or more)")
+    value = _score(marginal, conditional, n)
+    if int(counts.min()) < 1:
+        return Estimate(value)
     left = [_score(marginal - marginals[b], conditional - conditionals[b], n - int(counts[b])) for b in range(BLOCKS)]
-    return jackknife(_score(marginal, conditional, n), left)
+    return jackknife(value, left)
 
 
 def _score(marginal: Tensor, conditional: Tensor, n: int) -> float:
