@@ -19,6 +19,7 @@ from tools.jackknife import BLOCKS, Estimate, jackknife, of_blocks
 from tools.statistics import FeatureStatistics
 
 ENOUGH = 8  # samples a feature: below, the intervals cover less than they say
+PANEL = 256  # columns of a factor multiplied at once
 NEGATIVE = 1e-4  # of the trace: float32 statistics are indefinite by 1e-6 of it
 
 
@@ -47,7 +48,8 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> FrechetDista
     if a.extractor and b.extractor and a.extractor != b.extractor:
         raise ValueError(f"extractor: statistics of {a.extractor} and of {b.extractor} have no distance")
     mean_term = float((a.mean - b.mean).square().sum())
-    trace_term = _trace_term(a.covariance, b.covariance)
+    full_a, full_b = (s.count is None or s.count > s.dim for s in (a, b))
+    trace_term = _trace_term(a.covariance, b.covariance, (full_a, full_b))
     if not math.isfinite(mean_term + trace_term):
         raise ValueError("distance: not finite; the features are too large for float64 squares (up to 1e150)")
     return FrechetDistance(mean_term + trace_term, mean_term, trace_term)
@@ -101,7 +103,8 @@ def _all_and_all_but_one(parts: Sequence[FeatureStatistics]) -> Iterator[Feature
         before.merge(part)
 
 
-def _trace_term(a: Tensor, b: Tensor) -> float:
+def _trace_term(a: Tensor, b: Tensor, full: tuple[bool, bool]) -> float:
+    """full: whether there are rows enough for each to have its full rank."""
     if torch.equal(a, b):
         return 0.0
 
@@ -109,13 +112,12 @@ def _trace_term(a: Tensor, b: Tensor) -> float:
     shift_a, shift_b = _even_exponent(a), _even_exponent(b)
     a, b = a * math.ldexp(1, -shift_a), b * math.ldexp(1, -shift_b)
 
-    outer, inner = _factor(a), b
-    other = _factor(b)
+    (outer, order), inner = _factor(a, full[0]), b
+    other, other_order = _factor(b, full[1])
     if other.shape[1] < outer.shape[1]:  # the other way round costs half the digits
-        outer, inner = other, a
+        outer, order, inner = other, other_order, a
 
-    product = outer.T @ inner @ outer
-    eigenvalues = torch.linalg.eigvalsh((product + product.T) / 2)
+    eigenvalues = torch.linalg.eigvalsh(_congruence(outer, inner[order][:, order]))
     root = float(eigenvalues.clamp(min=0).sqrt().sum())
     cross = math.ldexp(root, (shift_a + shift_b) // 2)
     traces = math.ldexp(float(a.trace()), shift_a) + math.ldexp(float(b.trace()), shift_b)
@@ -126,17 +128,34 @@ def _even_exponent(covariance: Tensor) -> int:
     return 2 * (math.frexp(float(covariance.diagonal().max()))[1] // 2)
 
 
-def _factor(covariance: Tensor) -> Tensor:
-    """A [d, rank] with A A^T = covariance: Cholesky with complete pivoting, which finds the rank (LAPACK dpstrf).
+def _congruence(factor: Tensor, inner: Tensor) -> Tensor:
+    """The lower triangle of L^T S L [r, r], of L [d, r] with zeros above its diagonal: a third of two products."""
+    rank = factor.shape[1]
+    product = inner.new_zeros(rank, rank)
+    for start in range(0, rank, PANEL):
+        panel = slice(start, start + PANEL)
+        product[start:, panel] = factor[start:, start:].T @ (inner[start:, start:] @ factor[start:, panel])
+    return product
 
-    It stops at the first pivot that is not positive. Raises ValueError where what is left then, seen by a random
-    vector, is not rounding.
+
+def _factor(covariance: Tensor, may_be_full: bool) -> tuple[Tensor, Tensor | slice]:
+    """L [d, rank] and an order [d] with L L^T = covariance[order][:, order].
+
+    Where plain Cholesky meets no pivot that could be rounding, the rank is d and the order is that of the rows.
+    Otherwise pivoting finds the rank, for twice the time (LAPACK dpstrf): it stops at the first pivot that is not
+    positive. Raises ValueError where what is left then, seen by a random vector, is not rounding.
     """
+    if may_be_full:
+        least = len(covariance) * np.finfo(np.float64).eps * float(covariance.diagonal().max())
+        factor, failed = lapack.dpotrf(covariance.numpy(), lower=1)
+        if not failed and np.diagonal(factor).min() ** 2 > least:
+            return torch.from_numpy(factor), slice(None)
+
     factor, pivots, rank, _ = lapack.dpstrf(covariance.numpy(), lower=1)
-    rows: NDArray[np.float64] = np.empty((len(pivots), rank))
-    rows[pivots - 1] = np.tril(factor)[:, :rank]
+    lower: NDArray[np.float64] = np.ascontiguousarray(np.tril(factor[:, :rank]))
+    order = pivots.astype(np.int64) - 1
     probe = np.random.Generator(np.random.Philox(0)).standard_normal(len(pivots))
-    rest = covariance.numpy() @ probe - rows @ (rows.T @ probe)  # |rest| estimates the Frobenius norm of what is left
+    rest = (covariance.numpy() @ probe)[order] - lower @ (lower.T @ probe[order])  # its norm: Frobenius, of the rest
     if np.linalg.norm(rest) > NEGATIVE * float(covariance.trace()):
         raise ValueError("sigma: not a covariance (an eigenvalue is clearly negative)")
-    return torch.from_numpy(rows)
+    return torch.from_numpy(lower), torch.from_numpy(order)
