@@ -166,6 +166,9 @@ def plot_quality(results: Sequence[Result], folder: str | Path) -> list[Path]:
             if spread.spread:
                 axis.axhspan(spread.mean - spread.spread, spread.mean + spread.spread, color="gray", alpha=0.15)
         axis.set(xlabel="network evaluations a sample", ylabel=f"{space} {metric}", xscale="log")
+        evaluations = sorted({nfe for points in lines.values() for nfe, _ in points})
+        axis.set_xticks(evaluations, map(str, evaluations))
+        axis.minorticks_off()
         axis.legend(frameon=False, fontsize="small")
         files.append(Path(folder) / f"{space}-{metric}.png".replace("/", "_").replace(":", "_"))
         save_figure(figure, files[-1])

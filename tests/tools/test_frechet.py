@@ -210,10 +210,10 @@ def test_an_estimate_of_parts_is_that_of_their_rows() -> None:
 def test_errors_and_bias_against_the_truth(scale: float, shift: float, most: float) -> None:
     """Samples of N(shift, scale^2 I), d = 4, N = 8 d, whose distance to N(0, I) is d (shift^2 + (scale - 1)^2).
 
-    Means within four standard errors of 200 repetitions, of the standard deviation 4 / sqrt(400) = 20 %. The jackknife
+    Means within four standard errors of 120 repetitions, of the standard deviation 3 / sqrt(240) = 20 %. The jackknife
     may overstate it: by 10 %, and by 40 % at distance 0, where the leading term of the error vanishes.
     """
-    d, n, times = 4, 32, 200
+    d, n, times = 4, 32, 120
     truth = d * (shift**2 + (scale - 1) ** 2)
     found = [frechet_estimate(scale * normal(n, d, seed=seed) + shift, reference(d)) for seed in range(times)]
     plain, debiased, errors = (

@@ -170,10 +170,10 @@ def judged(noise: np.ndarray, scale: float, known: FeatureStatistics, **facts: A
 def test_the_interval_of_a_difference_covers_and_pairing_makes_it_narrow() -> None:
     """Two generators of N(.3, scale^2 I), d = 3, from the same noise or from another: the truth is known.
 
-    Of 80 repetitions the paired interval covers 95 % within three standard errors (.073); the other at least as often,
+    Of 60 repetitions the paired interval covers 95 % within three standard errors (.084); the other at least as often,
     less those. Their centres are the truth within four standard errors. Pairing divides the error by more than two.
     """
-    d, n, times = 3, 48, 80
+    d, n, times = 3, 48, 60
     known = FeatureStatistics.of_moments(np.zeros(d), np.eye(d))
     truth = d * (0.5**2 - 0.4**2)
     covered, centres, errors = np.zeros(2), np.zeros((2, times)), np.zeros((2, times))
