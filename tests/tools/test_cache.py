@@ -166,6 +166,16 @@ def test_samples_are_told_once_each_as_they_are(teacher: Path, tmp_path: Path) -
     assert not (tmp_path / "features").exists()
 
 
+def test_a_model_is_asked_for_full_batches_only(teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch of another size may have other bits: the last one is filled up, and cut after it was made."""
+    stream, asked = sampled(teacher, n=7, chunk=4, batch=4), []
+    read = stream.source.read
+    monkeypatch.setattr(stream.source, "read", lambda seed, numbers: asked.append(list(numbers)) or read(seed, numbers))
+    (pixels,) = computed(Cache(tmp_path), stream, "pixels")
+    assert asked == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert len(Cache(tmp_path).read(stream, pixels.name).rows) == 7
+
+
 def test_drafts_of_the_dead_go_when_their_chunk_is_made(tmp_path: Path) -> None:
     cache, stream = Cache(tmp_path / "cache"), pictured(save_pictures(tmp_path / "a", 8), range(8))
     pixels = load_extractor("pixels", SHAPE)

@@ -137,14 +137,13 @@ def test_one_two_and_four_processes_give_the_same_bits(file: Path, tmp_path: Pat
     for count in (2, 4):
         launched = launch(count, "batch", file, "--out", tmp_path / f"launch {count}", cwd=tmp_path)
         assert launched.returncode == 0, launched.stderr
-        assert launched.stdout == one.stdout  # the table, once
+        assert launched.stdout.count("| teacher 0 | heun |") == 1  # the first process prints the table
     shards = [
         Running("batch", file, "--out", tmp_path / "shards", "--shard", f"{i}/2", log=tmp_path / f"{i}") for i in (1, 2)
     ]
     assert [shard.wait() for shard in shards] == [0, 0]
     own = fid("batch", file, "--out", tmp_path / "workers", "--workers", 2)
     assert own.returncode == 0, own.stderr
-    assert own.stdout == one.stdout
     for name in ("launch 2", "launch 4", "shards", "workers"):
         assert values_in(tmp_path / name) == expected, name
         assert rows_in(tmp_path / name) == rows, name
