@@ -143,11 +143,13 @@ def _unconditional(folder: Path, index: dict[str, Any], sampling: Sampling) -> R
     unet, facts, scheduler = _json(folder / "unet/config.json"), read_facts(folder), _scheduler(folder, index)
     files = _of_parts(folder, ("unet", "scheduler"))
     n_classes = len(facts["classes"]) if facts.get("classes") else unet.get("num_class_embeds")
+    own = {"pipeline": {part: index[part] for part in ("unet", "scheduler")}}
     coordinates = coordinates_of(scheduler)
     consistency = type(scheduler).__name__ == "CMStochasticIterativeScheduler"
     if facts.get("kind", "student" if consistency else "teacher") == "student":
         levels = _levels(coordinates.sigma_max)
-        return Recipe("student", folder, files, _shape(unet), n_classes, 1, levels, {"kind": "student"})
+        settings = own | {"kind": "student", "sigmas": levels.tolist()}
+        return Recipe("student", folder, files, _shape(unet), n_classes, 1, levels, settings)
     if sampling.prompts is not None:
         raise ValueError(f"prompts: {sampling.prompts}; {folder} has no use for words")
     if sampling.guidance != 1 and facts.get("null_label") is None:
@@ -156,7 +158,7 @@ def _unconditional(folder: Path, index: dict[str, Any], sampling: Sampling) -> R
             f'(a file {FACTS} with "classes" and "null_label" beside model_index.json would)'
         )
     sigmas = karras_sigmas(sampling.steps, coordinates.sigma_min, coordinates.sigma_max)
-    return _sampled(Recipe("teacher", folder, files, _shape(unet), n_classes, 0, sigmas, {}), sampling, _shape(unet))
+    return _sampled(Recipe("teacher", folder, files, _shape(unet), n_classes, 0, sigmas, own), sampling, _shape(unet))
 
 
 def _prompted(folder: Path, index: dict[str, Any], sampling: Sampling) -> Recipe:
@@ -182,7 +184,7 @@ def _sampled(recipe: Recipe, sampling: Sampling, shape: tuple[int, ...]) -> Reci
     """The recipe with its sampler's settings. shape: of what is sampled, pixels or latents."""
     solver, sigmas, skip = SOLVERS[sampling.sampler], recipe.sigmas, None
     settings = recipe.settings | {"kind": recipe.kind, "sampler": sampling.sampler, "steps": sampling.steps}
-    settings["guidance"] = float(sampling.guidance)
+    settings |= {"guidance": float(sampling.guidance), "sigmas": sigmas.tolist()}
     gaussian = None if sampling.teleport is None else Path(sampling.teleport)
     if gaussian is not None:
         skip = _sigma_skip(gaussian_of(gaussian), recipe, sampling, shape)

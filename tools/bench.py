@@ -15,8 +15,8 @@ from tools.bench_disback_report import draw, mismatch_table
 from tools.bench_disback_report import table as disback_table
 from tools.bench_forty import forty_table
 from tools.bench_gaussian import gaussian_tables
-from tools.bench_lj import lj_table
 from tools.bench_intervals import interval_table
+from tools.bench_lj import lj_table
 from tools.bench_metrics import metrics_tables
 from tools.bench_optimum import draw_optima, optimum_rows, optimum_table, ratio_table
 from tools.bench_particles import particles_tables
@@ -57,7 +57,10 @@ def main() -> None:
             lambda folder, *_: _particles(folder),
         ),
         "lj": ("LJ-13 annealed, from scratch", lambda folder, seeds, *_: lj_table(folder / "lj", seeds)),
-        "metrics": ("What the metrics cost beside the public tools (one thread, d = 2048)", lambda *_: metrics_tables()),
+        "metrics": (
+            "What the metrics cost beside the public tools (one thread, d = 2048)",
+            lambda *_: metrics_tables(),
+        ),
         "intervals": ("How often 95 % intervals hold the truth", lambda *_: interval_table()),
         "compare": ("The divergences on the digits", lambda folder, _, more, jobs: compare(folder, more, jobs)),
     }

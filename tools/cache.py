@@ -105,6 +105,7 @@ class Cache:
         A batch is of full size, and cut after it was made, where the source can make more. keep: told every sample's
         number and image. Raises ValueError, naming the stream, for features that are not finite.
         """
+        stream.source.open()  # what it takes to load is no time of a sample
         numbers, started = list(stream.rows(chunk)), time.perf_counter()
         found: dict[str, list[Extracted]] = {e.name: [] for e in extractors}
         labels, making = [], 0.0

@@ -1,8 +1,8 @@
 """The numbers of the demo's table, of digits that are in memory: what the benchmarks compare.
 
-fd is 100 x the Fréchet distance over the trace of the reference's covariance, in the classifier's features, so that 100
-is about what a constant image gets; pixel_fd is the plain distance of the pixels in [-1, 1]. Why both: features see what
-classes are made of and forgive noise, pixels the other way round.
+fd is 100 x the Fréchet distance over the trace of the reference's covariance, in the classifier's features, so that
+100 is about what a constant image gets; pixel_fd is the plain distance of the pixels in [-1, 1]. Why both: features see
+what classes are made of and forgive noise, pixels the other way round.
 """
 
 from dataclasses import dataclass

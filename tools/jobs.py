@@ -11,20 +11,21 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
 
 from tools.arithmetic import one_thread
 from tools.cache import Cache, Stream
-from tools.digest import HashCache
+from tools.digest import HashCache, digest_json
 from tools.features import Extractor, load_extractor
 from tools.manifest import Manifest, Point
 from tools.metrics import NEEDS_LOGITS, NEEDS_ROWS, Reference, evaluate
 from tools.presets import Shape
 from tools.provenance import provenance
 from tools.results import VERSION, Result, Values
-from tools.sources import Source, SourceSettings, open_source
+from tools.sources import Fixed, Source, SourceSettings, open_source
 from tools.statistics import FeatureStatistics
 
 
@@ -79,9 +80,7 @@ class Batch:
                     raise ValueError(f"reference: {path} is of one extractor; name one for each as EXTRACTOR: FILE")
                 statistics[spec] = FeatureStatistics.load(path)
                 continue
-            source = open_source(
-                "digits:held-out" if path == "digits" else path, device=self.device, hashes=self._hashes
-            )
+            source = self._opened("digits:held-out" if path == "digits" else path)
             if source.count is None:
                 raise ValueError(f"reference: {path} makes images; needed are images that exist, or statistics")
             streams[spec] = self._stream(source, 0, self._dealt(source.count, 0), {"order": [0, 0, source.count]})
@@ -99,8 +98,13 @@ class Batch:
         return list(jobs.values())
 
     def _source(self, point: Point) -> Source:
-        settings = SourceSettings(**{a: v for a, v in point.axes.items() if a != "draw"})
-        return open_source(point.path, settings, device=self.device, hashes=self._hashes)
+        return self._opened(point.path, SourceSettings(**{a: v for a, v in point.axes.items() if a != "draw"}))
+
+    def _opened(self, path: str, settings: SourceSettings | None = None) -> Source:
+        source = open_source(path, settings, device=self.device, hashes=self._hashes)
+        if isinstance(source, Fixed) and source.pictures.skipped:
+            self._note(f"{source.title}: {source.pictures.skipped} files in it are no images that are read; left out")
+        return source
 
     def _samples(self, point: Point, source: Source) -> Stream | None:
         """None, and a note, for a draw that a folder has no images left for."""
@@ -116,17 +120,21 @@ class Batch:
         if len(numbers) == n:
             return self._stream(source, seed, numbers, facts)
         enough = f"{point.name}: has {source.count} images, enough for {source.count // n} draws of {n}"
-        if (note := f"{enough}; left out: draw {draw}") not in self.notes:  # under every sampler
-            self.notes.append(note)
+        self._note(f"{enough}; left out: draw {draw}")
         return None
+
+    def _note(self, text: str) -> None:
+        """Once, though it is so under every sampler."""
+        if text not in self.notes:
+            self.notes.append(text)
 
     def _dealt(self, count: int, seed: int) -> list[int]:
         """Folders are often sorted by class, and a part of one should be like the whole."""
         return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
 
     def _stream(self, source: Source, seed: int, numbers: Sequence[int], which: dict[str, Any]) -> Stream:
-        chunk, batch = self.manifest.chunk, self.manifest.batch
-        return Stream(source, seed, numbers, {"source": source.facts, "which": which}, chunk, batch)
+        facts = {"source": source.facts, "which": which, "device": torch.device(self.device).type}
+        return Stream(source, seed, numbers, facts, self.manifest.chunk, self.manifest.batch)
 
     def _extractor(self, spec: str, shape: Shape | None) -> Extractor:
         if (spec, shape) not in self._extractors:
@@ -152,20 +160,29 @@ class Batch:
         return Job(point, stream, extractors, facts, inputs)
 
     def _applicable(self, spec: str, stream: Stream) -> Sequence[str]:
-        """The metrics without the accuracy of samples that nobody asked for by class."""
+        """The metrics without the accuracy of samples that nobody asked for by class, and a note."""
         metrics = self.manifest.features[spec]
-        return metrics if stream.source.n_classes is not None else [m for m in metrics if m != "class-accuracy"]
+        if stream.source.n_classes is not None or "class-accuracy" not in metrics:
+            return metrics
+        self._note(f"{stream.source.title}: has no classes; left out: {spec} class-accuracy")
+        return [m for m in metrics if m != "class-accuracy"]
 
     def _reference_facts(self, spec: str) -> dict[str, Any]:
         if spec in self.statistics:
             return {"statistics": self.statistics[spec].digest()}
-        return {"stream": self.references[spec].key, "n": len(self.references[spec].numbers)}
+        stream = self.references[spec]
+        images = digest_json({name: stream.facts[name] for name in ("source", "which")})
+        return {"stream": stream.key, "images": images, "n": len(stream.numbers)}
 
     def _check(self, spec: str, extractor: Extractor, stream: Stream) -> None:
         """Raises ValueError where samples and reference do not compare, naming both, or a metric lacks its needs."""
         classes = [m for m in self._applicable(spec, stream) if m in NEEDS_LOGITS]
         if classes and not self._classifies(spec, stream.source.shape):
             raise ValueError(f"metrics: {classes[0]} needs an extractor that classifies; {extractor.name} does not")
+        if "class-accuracy" in classes and extractor.preset.network == "inception":
+            raise ValueError(
+                "metrics: class-accuracy needs a classifier of the samples' classes; Inception has its own"
+            )
         if spec in self.statistics:
             known, needs = self.statistics[spec], [m for m in self.manifest.features[spec] if m in NEEDS_ROWS]
             if known.extractor is not None and known.extractor != extractor.name:
@@ -233,7 +250,10 @@ class Batch:
 
 def _is_statistics(path: str) -> bool:
     """Whether a file is an .npz with mu and sigma, and no images beside them (ADM's have both)."""
-    if not path.endswith(".npz"):
+    if not path.lower().endswith(".npz"):
         return False
-    with np.load(path, allow_pickle=False) as file:
-        return "mu" in file.files and "arr_0" not in file.files
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return "mu" in file.files and "arr_0" not in file.files
+    except (OSError, ValueError, TypeError, EOFError, BadZipFile) as error:
+        raise ValueError(f"reference: {path} cannot be read as an .npz ({type(error).__name__})") from error

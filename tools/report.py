@@ -8,11 +8,12 @@ import csv
 import io
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from distill.pictures import save_figure
+from tools.digest import digest_json
 from tools.results import Difference, Result, Spread
 
 DEBIASED = ("fd", "relative-fd")  # metrics whose bias is worth a column of its own
@@ -42,13 +43,46 @@ class Row:
 
 
 def rows_of(results: Iterable[Result]) -> list[Row]:
-    """Draws of one point are one row; the order is that of the results."""
+    """Draws of one point are one row; the order is that of the results.
+
+    A source that was another when it was judged before (a model that has trained on) is a row of its own, and so are
+    numbers of other extractors and references.
+    """
     groups: dict[str, list[Result]] = {}
-    for result in results:
+    for result in _merged(results):
         point = {a: v for a, v in result.axes.items() if a != "draw"}
-        compared = {part: result.facts[part] for part in ("extractors", "references")}
-        groups.setdefault(repr((result.name, result.inputs["source"], point, result.n, compared)), []).append(result)
+        compared = [result.facts[part] for part in ("extractors", "references")]
+        which = (result.name, digest_json(result.inputs["facts"]["source"]), point, result.n, compared)
+        groups.setdefault(repr(which), []).append(result)
     return [Row(tuple(group)) for group in groups.values()]
+
+
+def _merged(results: Iterable[Result]) -> list[Result]:
+    """Results of one set of samples are one, with the metrics of all: a metric that was added later is of no new draw.
+
+    Raises ValueError where two of them have other values for one metric.
+    """
+    found: list[Result] = []
+    for result in results:
+        of = {part: result.facts[part] for part in ("extractors", "references")}
+        for k, known in enumerate(found):
+            same = (known.name, known.facts["stream"], known.n) == (result.name, result.facts["stream"], result.n)
+            if same and all(known.facts[p].get(s, v) == v for p, spaces in of.items() for s, v in spaces.items()):
+                found[k] = _joined(known, result)
+                break
+        else:
+            found.append(result)
+    return found
+
+
+def _joined(a: Result, b: Result) -> Result:
+    values = {space: dict(metrics) for space, metrics in a.values.items()}
+    for space, metrics in b.values.items():
+        for metric, estimate in metrics.items():
+            if values.setdefault(space, {}).setdefault(metric, estimate) != estimate:
+                raise ValueError(f"result: {a.key} and {b.key} are of the same samples, with another {space} {metric}")
+    facts = {part: a.facts[part] | b.facts[part] for part in ("extractors", "references")}
+    return replace(a, values=values, facts=a.facts | facts)
 
 
 def columns_of(results: Sequence[Result]) -> list[tuple[str, str]]:
@@ -60,10 +94,14 @@ def columns_of(results: Sequence[Result]) -> list[tuple[str, str]]:
 def markdown_table(results: Sequence[Result]) -> str:
     """The table, what its numbers are of, and the warnings that came with them; ends in a newline."""
     rows, columns = rows_of(results), columns_of(results)
+    names = _names(rows)
     axes = _varying(rows)
     many = len({space for space, _ in columns}) > 1
     heads: list[str] = ["", *axes]
-    cells: list[list[str]] = [[_escaped(row.name), *(_escaped(_plain(row.axes.get(a))) for a in axes)] for row in rows]
+    cells: list[list[str]] = [
+        [_escaped(name), *(_escaped(_plain(row.axes.get(a))) for a in axes)]
+        for name, row in zip(names, rows, strict=True)
+    ]
     for space, metric in columns:
         for debiased in (False, True) if metric in DEBIASED else (False,):
             heads.append(f"{space} {metric}" if many else metric)
@@ -83,6 +121,16 @@ def markdown_table(results: Sequence[Result]) -> str:
 
 def _axes(rows: Sequence[Row]) -> list[str]:
     return list({axis: None for row in rows for axis in row.axes})
+
+
+def _names(rows: Sequence[Row]) -> list[str]:
+    """Names; with a hash of the source where one name stands for several."""
+    sources = [digest_json(row.results[0].inputs["facts"]["source"])[:8] for row in rows]
+    of_name: dict[str, set[str]] = {}
+    for row, source in zip(rows, sources, strict=True):
+        of_name.setdefault(row.name, set()).add(source)
+    pairs = zip(rows, sources, strict=True)
+    return [f"{row.name} [{source}]" if len(of_name[row.name]) > 1 else row.name for row, source in pairs]
 
 
 def _varying(rows: Sequence[Row]) -> list[str]:
@@ -132,19 +180,19 @@ def plot_quality(results: Sequence[Result], folder: str | Path) -> list[Path]:
     from matplotlib.figure import Figure
 
     files, rows = [], rows_of(results)
-    varying = _varying(rows)
+    varying, names = _varying(rows), _names(rows)
     for space, metric in columns_of(results):
         lines: dict[str, list[tuple[int, Spread]]] = {}
         levels: dict[str, Spread] = {}
-        for row in rows:
+        for name, row in zip(names, rows, strict=True):
             spread = row.spread(space, metric)
             if spread is None:
                 continue
             nfe = row.results[0].nfe
             if nfe is None:
-                levels[row.name] = spread
+                levels[name] = spread
             else:
-                lines.setdefault(_label(row, varying), []).append((nfe, spread))
+                lines.setdefault(_label(name, row, varying), []).append((nfe, spread))
         if not any(len(points) > 1 for points in lines.values()):
             continue
 
@@ -175,8 +223,8 @@ def plot_quality(results: Sequence[Result], folder: str | Path) -> list[Path]:
     return files
 
 
-def _label(row: Row, axes: Sequence[str]) -> str:
-    return ", ".join([row.name, *(f"{a} {_plain(row.axes[a])}" for a in axes if a != "steps" and a in row.axes)])
+def _label(name: str, row: Row, axes: Sequence[str]) -> str:
+    return ", ".join([name, *(f"{a} {_plain(row.axes[a])}" for a in axes if a != "steps" and a in row.axes)])
 
 
 def difference_table(differences: Sequence[Difference], a: str, b: str) -> str:

@@ -66,6 +66,9 @@ class Source(Protocol):
         Raises ValueError, naming the file, for one that is damaged or has changed since the source was opened.
         """
 
+    def open(self) -> object:
+        """Load networks now, which `read` would."""
+
     def close(self) -> None:
         """Let go of networks and files; reading opens them again."""
 
@@ -124,6 +127,9 @@ class Fixed:
         images = tuple(self.pictures.read(indices))
         return Samples(images, None if labels is None else labels[list(indices)].long())
 
+    def open(self) -> None:
+        """There is nothing to load."""
+
     def close(self) -> None:
         self.pictures.close()
 
@@ -155,10 +161,13 @@ class Generated:
         return self.recipe.n_classes
 
     def read(self, seed: int, indices: Sequence[int]) -> Samples:
+        generator = self.open()
+        return Samples(tuple(quantise(generator(seed, indices))), generator.labels(indices))
+
+    def open(self) -> ImageGenerator:
         if self._generator is None:
             self._generator = self._load()
-        images = self._generator(seed, indices)
-        return Samples(tuple(quantise(images)), self._generator.labels(indices))
+        return self._generator
 
     def close(self) -> None:
         self._generator = None

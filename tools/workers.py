@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Executor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -264,6 +264,7 @@ class Worker:
         return moved, complete
 
     def _compute(self, stream: "Stream", missing: "list[Extractor]", chunk: int, unkept: dict[int, Path]) -> None:
+        from tools.arithmetic import one_thread
         from tools.cache import remove_drafts
 
         self._make_room_for(stream.source)
@@ -271,7 +272,8 @@ class Worker:
             self._samples(stream).mkdir(parents=True, exist_ok=True)
             remove_drafts(self._samples(stream), unkept.values())
         started = time.perf_counter()
-        self.batch.cache.compute(stream, missing, chunk, partial(_write_sample, unkept) if unkept else None)
+        with one_thread() if self.batch.device == "cpu" else nullcontext():
+            self.batch.cache.compute(stream, missing, chunk, partial(_write_sample, unkept) if unkept else None)
         done = f"{chunk * stream.chunk + len(stream.rows(chunk))}/{len(stream.numbers)}"
         took = time.perf_counter() - started
         self.bar.say(f"{stream.source.title} [{stream.key[:8]}-{chunk}]: image {done}, {took:.1f} s")

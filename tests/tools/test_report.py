@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 from PIL import Image
 
 from tools.jackknife import BLOCKS, Estimate, jackknife
@@ -21,9 +22,9 @@ def result(name: str, values: dict[str, dict[str, Estimate]], nfe: int | None = 
     facts = {
         "extractors": {space: f"{space}|8x8" for space in values},
         "references": {space: {"n": 9} for space in values},
-        "draw": [name, str(point)],
+        "stream": f"{name} {point}",
     }
-    inputs = {"source": f"runs/{name}", "manifest": {"reference": "digits"}}
+    inputs = {"source": f"runs/{name}", "facts": {"source": name}, "manifest": {"reference": "digits"}}
     return Result(name, point, 2000, nfe, values, facts, inputs, {"images_per_second": 900.0 if nfe else None})
 
 
@@ -70,15 +71,42 @@ def test_points_that_differ_in_an_axis_are_rows_and_the_axis_a_column() -> None:
     ]  # fmt: skip
 
 
-def test_results_under_another_extractor_reference_or_path_are_rows_of_their_own() -> None:
+def test_results_of_another_extractor_reference_or_source_are_rows_of_their_own() -> None:
     one = result("t", fd(1), 3)
     others = [
         replace(one, facts=one.facts | {"extractors": {"digits": "digits|u8"}}),
         replace(one, facts=one.facts | {"references": {"digits": {"n": 8}}}),
-        replace(one, inputs=one.inputs | {"source": "elsewhere/t"}),
+        replace(
+            one, facts=one.facts | {"stream": "trained on"}, inputs=one.inputs | {"facts": {"source": "trained on"}}
+        ),
         replace(one, n=1000),
     ]
     assert [len(row.results) for row in rows_of([one, *others])] == [1] * 5
+
+
+def test_a_metric_that_was_added_later_is_of_no_new_draw() -> None:
+    draws = [result("t", fd(1.0 + draw), 3, draw=draw) for draw in (0, 1)]
+    later = [
+        replace(
+            r, values={"digits": r.values["digits"] | {"kd": Estimate(5.0)}}, facts=r.facts | {"metrics": ["fd", "kd"]}
+        )
+        for r in draws
+    ]
+    (row,) = rows_of([*draws, *later])
+    assert len(row.results) == 2
+    assert row.spread("digits", "kd").mean == 5
+    assert row.spread("digits", "fd").spread == pytest.approx(0.5**0.5)
+    other = replace(later[0], values=fd(7.0))
+    with pytest.raises(ValueError, match="of the same samples, with another digits fd"):
+        rows_of([draws[0], other])
+
+
+def test_one_name_for_two_models_says_which() -> None:
+    old = result("t", fd(1.0), 3)
+    new = replace(old, facts=old.facts | {"stream": "new"}, inputs=old.inputs | {"facts": {"source": "new"}})
+    _, rows, _ = table([old, new])
+    assert len({row[0] for row in rows}) == 2
+    assert all(row[0].startswith("t [") for row in rows)
 
 
 def test_columns_of_several_extractors_say_which() -> None:
