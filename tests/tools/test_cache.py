@@ -26,13 +26,13 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def sampled(teacher: Path, n: int = 10, chunk: int = 4, batch: int = 2, seed: int = 3) -> Stream:
     source = open_source(teacher, SourceSettings("euler", 2))
-    facts = {"source": source.facts, "which": {"seed": seed}}
+    facts = {"source": source.facts, "which": {"seed": seed}, "device": "cpu"}
     return Stream(source, seed, range(n), facts, chunk, batch)
 
 
 def pictured(folder: Path, numbers: Sequence[int]) -> Stream:
     source = open_source(folder)
-    facts = {"source": source.facts, "which": {"order": list(numbers)}}
+    facts = {"source": source.facts, "which": {"order": list(numbers)}, "device": "cpu"}
     return Stream(source, 0, numbers, facts, 4, 2)
 
 

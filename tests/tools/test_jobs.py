@@ -152,7 +152,7 @@ def test_a_reference_is_images_or_statistics_of_the_same_extractor(
     batch = opened(tmp_path, reference, teacher)
     file = statistics(tmp_path, batch, "digits")
     (job,) = opened(tmp_path, file, teacher, **fd).jobs
-    assert set(job.facts["references"]["digits"]) == {"statistics"}
+    assert "statistics" in job.facts["references"]["digits"]
     statistics(tmp_path, batch, "digits", extractor=None)  # of another tool, that does not say
     assert len(opened(tmp_path, file, teacher, **fd).jobs) == 1
 
