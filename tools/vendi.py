@@ -97,5 +97,7 @@ def _score(matrix: Tensor, q: float, zero: float) -> float:
     if abs(q - 1) < 0.5:  # sum of shares^q = 1 + sum of shares (shares^(q - 1) - 1): exact as q nears 1
         total = torch.log1p((shares * torch.expm1((q - 1) * shares.log())).sum())
     else:
-        total = torch.logsumexp(q * shares.log(), dim=0)
+        largest = shares.max().log()  # out of the sum, or all of it would underflow for huge orders
+        total = torch.logsumexp(q * (shares.log() - largest), dim=0)
+        return math.exp(float(total) / (1 - q) + float(largest) * (q / (1 - q)))
     return math.exp(float(total) / (1 - q))

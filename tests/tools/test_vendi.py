@@ -1,6 +1,7 @@
 """The Vendi score against its definition with the whole kernel matrix, and where it is known."""
 
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -91,8 +92,10 @@ def test_orders_near_one_and_large_orders_go_to_their_limits() -> None:
     near = [vendi_score(x, 1 + step, errors=False).value for step in (-1e-12, 1e-12, -1e-6, 1e-6)]
     assert near == pytest.approx([vendi_score(x).value] * 4, rel=1e-5)
     assert near[:2] == pytest.approx([vendi_score(x).value] * 2, rel=1e-11)
-    for q in (1e6, 1e300):
-        assert vendi_score(x, q).value == pytest.approx(vendi_score(x, math.inf).value, rel=1e-4)
+    limit = vendi_score(x, math.inf)
+    for q in (1e6, 1e300, 1e308, sys.float_info.max):
+        assert vendi_score(x, q).value == pytest.approx(limit.value, rel=1e-4)
+        assert vendi_score(x, q).leave_one_out == pytest.approx(limit.leave_one_out, rel=1e-4)
 
 
 @pytest.mark.parametrize("scale", [1e-300, 1e-30, 1e150, 1e300])
