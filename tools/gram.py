@@ -1,23 +1,25 @@
 """One pass over the Gram matrices of two sets of features, in blocks, for everything that is made of inner products.
 
 The rows are taken relative to the common mean and to a power of two near the largest of them: float32 products of
-such rows lose no digit that decides, whatever the features' offset and scale. What the mean takes away is kept in
-float64: x.y / scale^2 = tile + offset_x + offset_y. Of the two square matrices only the upper triangle is computed.
-Rows are sorted by their jackknife block and no tile spans two, so that sums over a tile are sums over a block.
+such rows lose no digit that decides, whatever the features' offset and scale, but where `resolved` says so. What the
+mean takes away is kept in float64: x.y / scale^2 = tile + offset_x + offset_y. Of the two square matrices only the
+upper triangle is computed. Rows are sorted by jackknife block and no tile spans two: sums over tiles are over blocks.
 """
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from tools.arithmetic import full_precision
+
 CHUNK = 256  # rows that are held in float64 at once, in the cache
 PANEL = 2  # tiles that are multiplied at once
+RESOLVED = 2**13  # epsilons: from here on rounding moved shares by less than 0.2 standard errors
 CPU_TILE, DEVICE_TILE = 512, 4096  # rows: small enough for a cache, large enough for a device
 
 
@@ -79,8 +81,13 @@ class Visitor(Protocol):
 def prepare(real: Tensor, fake: Tensor, blocks: Tensor | None, dtype: torch.dtype, device: torch.device) -> Pair:
     """Centre, scale and sort real [M, d] and fake [N, d], the fake rows by their `blocks` [N] (None: all are one).
 
-    Raises ValueError for features whose mean is not finite in float64.
+    Raises ValueError for features whose mean is not finite in float64, and for float64 where a device has none.
     """
+    if dtype == torch.float64 and device.type == "mps":
+        raise ValueError(
+            "device: mps has no float64, which is used where dtype says so and for sets that are wide beside their "
+            "neighbourhoods; accepted is cpu"
+        )
     chunks = [chunk for features in (real, fake) for chunk in features.split(CHUNK)]
     centre = torch.stack([chunk.sum(dim=0, dtype=torch.float64).cpu() for chunk in chunks]).sum(dim=0) / (
         len(real) + len(fake)
@@ -123,7 +130,7 @@ def tiles(block: Tensor, device: torch.device) -> tuple[Tile, ...]:
 
 def visit(pair: Pair, visitors: Sequence[Visitor]) -> None:
     """Compute every tile once and show it to all visitors."""
-    with _full_precision():
+    with full_precision(pair.real.rows.device):
         for points in (pair.real, pair.fake):
             for at, i in enumerate(points.tiles):
                 rows = points.rows[i.rows]
@@ -151,24 +158,13 @@ def square(rows: Tensor) -> Tensor:
     return torch.from_numpy(rows.numpy() @ rows.numpy().T) if rows.device.type == "cpu" else rows @ rows.T
 
 
-@contextmanager
-def _full_precision() -> Iterator[None]:
-    """No TF32 or bfloat16 in float32 products, whatever the program has allowed."""
-    parts = [getattr(backend, "matmul", None) for backend in (torch.backends.cuda, torch.backends.mkldnn)]
-    backends: list[Any] = [part for part in parts if hasattr(part, "fp32_precision")]
-    before = [backend.fp32_precision for backend in backends]
-    general = None if backends else torch.get_float32_matmul_precision()  # torch before 2.9; not to be mixed
-    try:
-        for backend in backends:
-            backend.fp32_precision = "ieee"
-        if general is not None:
-            torch.set_float32_matmul_precision("highest")
-        yield
-    finally:
-        for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = precision
-        if general is not None:
-            torch.set_float32_matmul_precision(general)
+def resolved(points: Points, distances: Tensor) -> bool:
+    """Whether squared distances [N], of the rows from something, are above the rounding of what they are made of.
+
+    They are differences of squares: of clusters far apart, or of copies of a row, products leave nothing but rounding.
+    """
+    least = RESOLVED * torch.finfo(points.rows.dtype).eps
+    return bool((distances.cpu().double() >= least * points.squares).all())
 
 
 def check_features(name: str, features: Tensor, dim: int) -> None:

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from tools.gram import Pair, Points, Tile
+from tools.gram import Pair, Points, Tile, resolved
 from tools.jackknife import Estimate
 
 NORMAL = 1.96  # standard errors to either side, for 95 %
@@ -81,6 +81,7 @@ class UnitGaussian:
 
     def __init__(self, pair: Pair) -> None:
         self.length = float(torch.cat([_lengths(pair.real), _lengths(pair.fake)]).mean())
+        self.resolved = all(resolved(points, _lengths(points).square()) for points in (pair.real, pair.fake))
 
     def marks(self, points: Points) -> Tensor:
         lengths = _lengths(points)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection
 import torch
 from torch import Tensor
 
-from tools.gram import Pair, Points, Tile
+from tools.gram import Pair, Points, Tile, resolved
 from tools.jackknife import Estimate, jackknife
 
 NAMES = ("precision", "recall", "density", "coverage")
@@ -74,8 +74,8 @@ class Neighbours:
         nearest = self.nearest["real"][:, 0].sort(dim=1).values
         if "precision" in self.asked:
             self.radii["precision"] = nearest[:, self.k_manifold - 1]
-        if {"density", "coverage"} & set(self.asked):
-            self.radii["density"] = nearest[:, self.k_density - 1]
+        for name in {"density", "coverage"} & set(self.asked):
+            self.radii[name] = nearest[:, self.k_density - 1]
         if "recall" in self.asked:
             lists, k = self.nearest["fake"], self.k_manifold
             blocks = range(lists.shape[1])
@@ -83,6 +83,14 @@ class Neighbours:
             radii = [lists[:, some].flatten(1).topk(k, largest=False).values[:, -1] for some in kept]
             self.radii["recall"] = torch.stack(radii, dim=1)
         return self.radii
+
+    def unresolved(self) -> list[str]:
+        """The shares with a ball so small that rounding may decide who is in it."""
+        real, fake = self.pair.real, self.pair.fake
+        balls = {
+            name: (fake, radii[:, -1]) if name == "recall" else (real, radii) for name, radii in self.radii.items()
+        }
+        return [name for name, ball in balls.items() if not resolved(*ball)]
 
     def finish(self) -> dict[str, Estimate]:
         """The shares that were asked for.
@@ -95,13 +103,13 @@ class Neighbours:
         return {name: getattr(self, f"_{name}")() for name in NAMES if name in self.asked}
 
     def _precision(self) -> Estimate:
-        return self._of_fake_rows((self.margin <= 0).double().cpu(), 1.0)
+        return self._of_fake_rows((self.margin <= 0).cpu().double(), 1.0)
 
     def _density(self) -> Estimate:
-        return self._of_fake_rows(self.inside.double().cpu() / self.k_density, math.inf)
+        return self._of_fake_rows(self.inside.cpu().double() / self.k_density, math.inf)
 
     def _coverage(self) -> Estimate:
-        hit = (self.closest < self.radii["density"][:, None]).cpu()
+        hit = (self.closest < self.radii["coverage"][:, None]).cpu()
         others = hit.sum(dim=1, keepdim=True) > hit.long()  # some other block hits as well
         return self._estimate(_mean(hit.any(dim=1)), lambda b: _mean(others[:, b]), 1.0)
 

@@ -6,6 +6,7 @@ kernels.py and neighbours.py.
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -67,31 +68,61 @@ def pairwise(
         (None: `block_of`), of the fake set alone, as are all `leave_one_out`; that of recall is about 1.4 times too
         large. Fewer than ten fake rows have none.
 
-    In float32 products are of centred rows and equal rows are at distance 0. Time is that of M^2/2 + N^2/2 + M N
-    products of rows. Raises ValueError for unknown names, other shapes, values that are not finite (saying which rows),
-    too few rows, k not in 1 ... rows - 1, rows of zeros for clip-mmd, and features too large for the arithmetic.
+    In float32 products are of centred rows. What its rounding could decide is computed in float64 instead: shares with
+    a ball whose radius is below 1/32 of its row's distance from the centre (clusters far apart, copies of a row), and
+    clip-mmd of rows as near to zero. Float64 resolves a millionth; below 1e-7 rows are equal. Time is that of M^2/2 +
+    N^2/2 + M N products of rows. Raises ValueError for unknown names, other shapes, values that are not finite (saying
+    which rows), too few rows, k not in 1 ... rows - 1, rows of zeros for clip-mmd, features too large for the
+    arithmetic, and where float64 is needed on a device that has none.
     """
     device = torch.device(device or real.device)
     _check(real, fake, asked, k_manifold, k_density, dtype)
     grouped = None if blocks is None and len(fake) < BLOCKS else of_blocks(blocks, len(fake))
 
-    pair = prepare(real.detach(), fake.detach(), grouped, dtype, device)
+    one_pass = partial(_one_pass, real.detach(), fake.detach(), k_manifold, k_density, grouped, device)
+    found, unresolved = one_pass(asked, dtype)
+    if unresolved:
+        found |= one_pass(unresolved, torch.float64)[0]
+    return Pairwise(**found)
+
+
+def _one_pass(
+    real: Tensor,
+    fake: Tensor,
+    k_manifold: int,
+    k_density: int,
+    blocks: Tensor | None,
+    device: torch.device,
+    asked: Collection[str],
+    dtype: torch.dtype,
+) -> tuple[dict[str, Estimate], list[str]]:
+    """The numbers, by the fields of Pairwise, and the names of those that need float64 and are computed in float32."""
+    pair = prepare(real, fake, blocks, dtype, device)
     visitors: list[Visitor] = []
+    unresolved: list[str] = []
     cubic = gaussian = neighbours = None
     if "kd" in asked:
         visitors.append(cubic := KernelSums(Cubic(pair), pair))
     if "clip-mmd" in asked:
-        visitors.append(gaussian := KernelSums(UnitGaussian(pair), pair))
+        kernel = UnitGaussian(pair)
+        if dtype == torch.float64 or kernel.resolved:
+            visitors.append(gaussian := KernelSums(kernel, pair))
+        else:
+            unresolved.append("clip-mmd")
     if set(asked) & set(NAMES):
         visitors.append(neighbours := Neighbours(pair, asked, k_manifold, k_density))
-    visit(pair, visitors)
+    if visitors:
+        visit(pair, visitors)
 
-    shares = neighbours.finish() if neighbours else {}
-    return Pairwise(
-        kernel_distance=cubic.finish().kernel_distance() if cubic else None,
-        mmd=gaussian.finish().mmd() if gaussian else None,
-        **shares,
-    )
+    found = {}
+    if cubic:
+        found["kernel_distance"] = cubic.finish().kernel_distance()
+    if gaussian:
+        found["mmd"] = gaussian.finish().mmd()
+    if neighbours:
+        found |= neighbours.finish()
+        unresolved += [] if dtype == torch.float64 else neighbours.unresolved()
+    return found, unresolved
 
 
 def kernel_distance(real: Tensor, fake: Tensor, blocks: Tensor | None = None) -> Estimate:

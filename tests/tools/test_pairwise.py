@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tools import gram
 from tools.jackknife import BLOCKS, Estimate, block_of, jackknife
+from tools.neighbours import NAMES, Neighbours
 from tools.pairwise import KNOWN, density_coverage, kernel_distance, pairwise, precision_recall
 
 exactly = partial(pairwise, dtype=torch.float64)
@@ -70,6 +71,13 @@ def shares(real: Tensor, fake: Tensor, k_manifold: int = 3, k_density: int = 5) 
         "density": float(in_density_ball.sum()) / (k_density * len(fake)),
         "coverage": float(in_density_ball.any(dim=1).double().mean()),
     }
+
+
+def clusters(distance: float, seed: int) -> Tensor:
+    """Two of 150 rows each, so that squares are distance^2 larger than what neighbours are apart."""
+    rows = normal(300, 32, seed=seed)
+    rows[150:] += distance
+    return rows
 
 
 REAL, FAKE = normal(130, 6) + 0.4, 0.9 * normal(95, 6, seed=1) + 1.1
@@ -146,12 +154,14 @@ def test_any_sizes_and_any_tiles(seed: int, d: int, m: int, n: int, size: int) -
         assert getattr(found, name).value == pytest.approx(value, abs=1e-12)
 
 
-def test_nothing_depends_on_what_else_is_asked() -> None:
-    together = pairwise(REAL, FAKE, asked=KNOWN)
+@pytest.mark.parametrize("distance", [0.0, 1e4])
+def test_nothing_depends_on_what_else_is_asked(distance: float) -> None:
+    real, fake = clusters(distance, seed=0), 0.95 * clusters(distance, seed=1)
+    together = pairwise(real, fake, asked=KNOWN)
     for name, field in zip(
         KNOWN, ["kernel_distance", "precision", "recall", "density", "coverage", "mmd"], strict=True
     ):
-        alone = pairwise(REAL, FAKE, asked=[name])
+        alone = pairwise(real, fake, asked=[name])
         assert getattr(alone, field) == getattr(together, field)
         assert [f for f, estimate in vars(alone).items() if estimate is not None] == [field]
 
@@ -176,6 +186,41 @@ def test_float32_is_as_good_as_float64_however_far_from_zero(offset: float) -> N
         else:
             assert a.value == pytest.approx(b.value, abs=1e-6), name
             assert 0 < a.value < 1, name
+
+
+@pytest.mark.parametrize("distance", [1e2, 1e3, 1e4, 1e5])
+def test_clusters_that_are_far_apart_are_as_clusters_that_are_near(distance: float) -> None:
+    """Where float32 would hold all rows of a cluster for equal: precision 1, coverage 0."""
+    real, fake = clusters(distance, seed=0), clusters(distance, seed=1)
+    found = pairwise(real, fake, asked=KNOWN)
+    for name, value in shares(real, fake).items():
+        assert getattr(found, name).value == pytest.approx(value, rel=1e-12), name
+        assert getattr(found, name) == getattr(exactly(real, fake, asked=[name]), name)
+        assert 0.2 < value < 1.5
+    truth = 1000 * u_statistic(unit_gaussian, real, fake)
+    assert found.mmd.debiased == pytest.approx(truth, abs=1e-4 * found.mmd.standard_error)
+
+
+def test_float64_is_for_the_shares_that_need_it() -> None:
+    def unresolved(real: Tensor, fake: Tensor) -> list[str]:
+        pair = gram.prepare(real, fake, None, torch.float32, torch.device("cpu"))
+        visitor = Neighbours(pair, NAMES, 3, 5)
+        gram.visit(pair, [visitor])
+        return visitor.unresolved()
+
+    real, fake = normal(300, 32), normal(300, 32, seed=1)
+    copied = real.clone()
+    copied[:4] = real[0]  # three neighbours are at distance 0, the fifth is not
+    assert unresolved(real + 1e4, fake + 1e4) == []
+    assert unresolved(real, 1e-3 * fake + 1) == ["recall"]
+    assert unresolved(copied, fake) == ["precision"]
+    assert set(unresolved(clusters(1e4, seed=0), clusters(1e4, seed=1))) == set(NAMES)
+
+
+def test_autocast_of_the_program_changes_nothing() -> None:
+    expected = pairwise(REAL, FAKE, asked=KNOWN)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert pairwise(REAL, FAKE, asked=KNOWN) == expected
 
 
 @pytest.mark.parametrize("scale", [1e-150, 1e-30, 1e30, 1e150])
@@ -352,6 +397,7 @@ def test_it_names_what_it_cannot_use() -> None:
         (x, x, {"asked": "kd"}, "asked: 'kd'"),
         (x, zero, {"asked": ["clip-mmd"]}, "fake: 1 of 10 rows are zero and have no direction: rows 4"),
         (x, x, {"dtype": torch.float16}, "dtype: torch.float16"),
+        (x, x, {"dtype": torch.float64, "device": "mps"}, "device: mps has no float64"),
         (x, x, {"blocks": torch.zeros(10, dtype=torch.int64)}, "10 blocks"),
         (x, x, {"blocks": torch.arange(9)}, r"blocks: \[9\]"),
     ):
