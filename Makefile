@@ -20,7 +20,7 @@ demo: $(READY)  ## the main job on the embedded digits: teacher, one-step studen
 	$(BIN)/distill train --config configs/digits-reverse-kl.yaml --resume
 	$(BIN)/distill export runs/digits-reverse-kl runs/digits-student
 	$(BIN)/distill sample teacher=runs/digits-teacher student=runs/digits-student --out runs/digits-teacher-student.png
-	$(BIN)/distill-fid batch configs/digits-evaluation.yaml
+	$(BIN)/distill-fid batch configs/digits-evaluation.yaml --workers $(JOBS)
 	@echo "pictures: runs/digits-teacher-student.png, runs/digits-reverse-kl/curves.png, runs/digits-*/samples"
 
 test: check

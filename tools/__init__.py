@@ -6,8 +6,9 @@ numbers    statistics.py streaming mean and covariance, clean-fid's .npz; freche
 features   features.py (presets.py, resize.py, inception.py, vision.py, imported.py, arithmetic.py) images -> features,
            under a name that says how; digits_classifier.py the judge of the embedded digits
 sources    sources.py (image_files.py, image_arrays.py) images from files, archives, runs, pipelines; digest.py hashes
-batches    manifest.py what is asked for; jobs.py keys; cache.py chunks; workers.py who does it; results.py, report.py,
-           verification.py what comes of it (provenance.py); fid.py the `distill-fid` command
+batches    manifest.py what is asked for; jobs.py (references.py) keys; cache.py chunks; workers.py, processes.py who
+           does it; results.py, report.py, verification.py (provenance.py) what comes of it; fid.py (arguments.py) the
+           `distill-fid` command
 
 The public names below are imported when they are first used, so that `distill-fid --help` needs no torch.
 """
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from tools.pairwise import kernel_distance as kernel_distance
     from tools.pairwise import precision_recall as precision_recall
     from tools.presets import PRESETS as PRESETS
+    from tools.processes import run_batch as run_batch
     from tools.results import Result as Result
     from tools.results import compare as compare
     from tools.results import read_results as read_results
@@ -43,7 +45,6 @@ if TYPE_CHECKING:
     from tools.streaming import PairwiseMetric as PairwiseMetric
     from tools.streaming import VendiMetric as VendiMetric
     from tools.vendi import vendi_score as vendi_score
-    from tools.workers import run_batch as run_batch
 
 _HOMES = {
     "DigitsClassifier": "tools.digits_classifier",
@@ -72,7 +73,7 @@ _HOMES = {
     "precision_recall": "tools.pairwise",
     "read_manifest": "tools.manifest",
     "read_results": "tools.results",
-    "run_batch": "tools.workers",
+    "run_batch": "tools.processes",
     "vendi_score": "tools.vendi",
 }
 __all__ = sorted(_HOMES)

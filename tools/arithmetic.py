@@ -5,7 +5,7 @@ how many threads a process happened to have.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -49,3 +49,10 @@ def one_thread() -> Iterator[None]:
             yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def reproducible(device: torch.device) -> Iterator[None]:
+    """Within, samples and features have the same bits on one kind of device: full precision, on a CPU in one thread."""
+    with full_precision(device), one_thread() if device.type == "cpu" else nullcontext():
+        yield

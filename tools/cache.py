@@ -22,8 +22,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from samplers.atomic import atomic_write
+from tools.arithmetic import reproducible
 from tools.digest import digest_json
 from tools.features import Extracted, Extractor
+from tools.provenance import maker
 from tools.sources import Source
 
 VERSION = 1  # of what a chunk holds; a change of the arithmetic that moves bits is a new version
@@ -55,12 +57,17 @@ class Stream:
 
 @dataclass(frozen=True)
 class Features:
-    """Of the rows of a stream: features [N, d], logits [N, C] and labels [N] if there are any, seconds it took."""
+    """Of the rows of a stream: features [N, d], logits [N, C] and labels [N] if there are any.
+
+    making, seconds: that the samples took, and with their features. made_on: the devices that computed.
+    """
 
     rows: Tensor
     logits: Tensor | None
     labels: Tensor | None
+    making: float
     seconds: float
+    made_on: tuple[str, ...]
 
 
 class Cache:
@@ -105,6 +112,12 @@ class Cache:
         A batch is of full size, and cut after it was made, where the source can make more. keep: told every sample's
         number and image. Raises ValueError, naming the stream, for features that are not finite.
         """
+        with reproducible(torch.device(stream.facts["device"])):
+            self._compute(stream, extractors, chunk, keep)
+
+    def _compute(
+        self, stream: Stream, extractors: Sequence[Extractor], chunk: int, keep: Callable[[int, Tensor], None] | None
+    ) -> None:
         stream.source.open()  # what it takes to load is no time of a sample
         numbers, started = list(stream.rows(chunk)), time.perf_counter()
         found: dict[str, list[Extracted]] = {e.name: [] for e in extractors}
@@ -129,20 +142,19 @@ class Cache:
         for extractor in extractors:
             parts = found[extractor.name]
             tensors = {"features": torch.cat([part.features for part in parts])}
-            bad = (~tensors["features"].isfinite().all(dim=1)).nonzero()[:, 0]
+            if parts[0].logits is not None:
+                tensors["logits"] = torch.cat([part.logits for part in parts if part.logits is not None])
+            bad = (~torch.cat([*tensors.values()], dim=1).isfinite().all(dim=1)).nonzero()[:, 0]
             if len(bad):
                 shown = ", ".join(str(numbers[i]) for i in bad[:5].tolist())
                 raise ValueError(
                     f"features: {len(bad)} of {len(numbers)} samples of {stream.source.title} have NaN or infinite "
                     f"{extractor.name} features (samples {shown}{', ...' if len(bad) > 5 else ''})"
                 )
-            if parts[0].logits is not None:
-                tensors["logits"] = torch.cat([part.logits for part in parts if part.logits is not None])
             if labels:
                 tensors["labels"] = torch.cat(labels)
-            self._write(
-                self.file(stream, extractor.name, chunk), _facts(stream, extractor.name, chunk), tensors, seconds
-            )
+            facts = _facts(stream, extractor.name, chunk) | {"made_on": maker(extractor.device)}
+            self._write(self.file(stream, extractor.name, chunk), facts, tensors, seconds)
 
     def _write(self, file: Path, facts: dict[str, str], tensors: dict[str, Tensor], seconds: dict[str, float]) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -157,7 +169,8 @@ class Cache:
         Raises ValueError, naming the file, for a chunk that is not what it was when it was written: of other facts,
         changed or cut.
         """
-        parts, seconds = [], 0.0
+        parts, making, seconds = [], 0.0, 0.0
+        made_on: dict[str, None] = {}
         for chunk in range(stream.chunks):
             file, asked = self.file(stream, extractor, chunk), len(stream.rows(chunk))
             try:
@@ -174,12 +187,15 @@ class Cache:
             if len(tensors["features"]) != asked:
                 raise ValueError(f"cache: {file} has {len(tensors['features'])} rows, not {asked}; delete it")
             parts.append(tensors)
-            seconds += json.loads(metadata["seconds"])["making"]
+            took = json.loads(metadata["seconds"])
+            making, seconds = making + took["making"], seconds + took["all"]
+            made_on[metadata["made_on"]] = None
 
         def joined(name: str) -> Tensor | None:
             return torch.cat([part[name] for part in parts]) if name in parts[0] else None
 
-        return Features(torch.cat([part["features"] for part in parts]), joined("logits"), joined("labels"), seconds)
+        rows = torch.cat([part["features"] for part in parts])
+        return Features(rows, joined("logits"), joined("labels"), making, seconds, tuple(made_on))
 
 
 def remove_drafts(folder: Path, files: Iterable[Path]) -> None:

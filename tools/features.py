@@ -20,6 +20,8 @@ from tools.resize import resize
 
 _OWN = Preset("the user's", "x/127.5-1")
 
+FAR = 64.0  # above, floats are no pixels in [-1, 1], whatever a model has made of them
+
 
 @dataclass(frozen=True)
 class Extracted:
@@ -57,6 +59,9 @@ class Extractor:
         Raises ValueError, naming the image, for a shape or dtype that is not read, and for NaN or infinite pixels.
         """
         if isinstance(images, Tensor) and images.is_floating_point():
+            if images.numel() and images.abs().max() > FAR:
+                most = float(images.abs().max())
+                raise ValueError(f"images: floats up to {most:g}; accepted are about -1 to 1 (grey levels as uint8)")
             images = quantise(images)
         self._check(images)
         with full_precision(self.device):

@@ -4,44 +4,25 @@ Nothing heavy is imported before the arguments are known to be good, so `--help`
 """
 
 import argparse
-import math
 import os
 import shlex
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from distill.progress import is_first
-from tools.manifest import DEFAULT_METRICS, METRIC_NAMES, manifest_of, read_manifest
-from tools.presets import PRESET_NAMES
+from tools.arguments import parser
+from tools.manifest import manifest_of, read_manifest
 
 if TYPE_CHECKING:
     from tools.results import Result
-
-DIGITS = ("digits=relative-fd,precision,recall,class-entropy,class-accuracy", "pixels=fd")  # what `score` asks for
-
-_DESCRIPTION = """Judge samples: distances with their errors, as batches of jobs that survive anything.
-
-  distill-fid score teacher=runs/a student=runs/b            one table, now
-  distill-fid batch manifest.yaml --workers 3                all points of a matrix, resumable, by any number of workers
-  distill-fid report runs/eval --csv all.csv --plots plots   tables and pictures of what is there
-  distill-fid compare A.json B.json                          a paired difference with its interval
-  distill-fid verify RESULT.json                             whether a result still is what its inputs give
-  distill-fid stats IMAGES --features inception-clean --out reference.npz
-"""
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line, where argparse would print the usage as well."""
-        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit code: 2, and one line on stderr, for what the user can put right."""
     argv = sys.argv[1:] if argv is None else argv
-    arguments = _parser().parse_args(argv)
+    arguments = parser().parse_args(argv)
     try:
         return int(_COMMANDS[arguments.command](arguments, shlex.join(["distill-fid", *argv])) or 0)
     except KeyboardInterrupt:
@@ -57,112 +38,20 @@ def main(argv: list[str] | None = None) -> int:
         return 2
 
 
-def _parser() -> argparse.ArgumentParser:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = _Parser(prog="distill-fid", description=_DESCRIPTION, formatter_class=raw)
-    commands = parser.add_subparsers(dest="command", required=True, metavar=" | ".join(_COMMANDS))
-
-    stats = commands.add_parser("stats", help="mean and covariance of features, as clean-fid's .npz")
-    stats.add_argument("source", metavar="SOURCE", help="images: a folder, zip, npz, safetensors, or 'digits'")
-    stats.add_argument("--features", default="digits", help=f"extractor: {', '.join(PRESET_NAMES)} (default: digits)")
-    stats.add_argument("--out", type=Path, required=True, help=".npz file to write")
-
-    score = commands.add_parser("score", help="one table row for each source, over several draws")
-    add = score.add_argument
-    add("sources", nargs="+", metavar="[NAME=]SOURCE", help="run folder, diffusers pipeline folder, student, folder or "
-        "archive of images, or 'digits' (the training half: the floor)")  # fmt: skip
-    add("--reference", default="digits", help="images, or statistics (.npz); 'digits' is the held-out half (default)")
-    add("--features", nargs="+", default=DIGITS, metavar="NAME[=METRIC,...]", help="extractors with their metrics "
-        f"(default: {' '.join(DIGITS)})")  # fmt: skip
-    add("--metrics", nargs="+", default=DEFAULT_METRICS, metavar="METRIC", help="of extractors without their own: "
-        f"{', '.join(METRIC_NAMES)}, vendi@ORDER (default: {' '.join(DEFAULT_METRICS)})")  # fmt: skip
-    add("--n", type=_whole(4), default=2000, help="samples in a draw (default: 2000)")
-    add("--draws", type=_whole(1), default=3, help="independent draws of each source (default: 3)")
-    add("--seed", type=_whole(0, 2**32 - 1), default=0, help="draw j uses seed + j (default: 0)")
-    add("--steps", type=_whole(1), default=18, help="sampling steps of a diffusion model (default: 18)")
-    add("--sampler", default="heun", help="how a diffusion model is sampled (default: heun)")
-    add("--guidance", type=_finite, default=1.0, help="classifier-free guidance scale; 1 is none (default: 1)")
-    add("--teleport", metavar="FILE", help="a Gaussian (distill gaussian) to skip the noisy steps with")
-    add("--prompts", metavar="FILE", help="prompts of text-to-image pipelines, one a line")
-    add("--batch", type=_whole(1), default=500, help="samples that a network sees at once (default: 500)")
-    add("--device", help="torch device (default: a CUDA device where there is one)")
-    add("--out", type=Path, metavar="FOLDER", help="folder that keeps features and results (default: nothing is kept)")
-
-    batch = commands.add_parser("batch", help="all jobs of a manifest; the same command continues a killed one")
-    add = batch.add_argument
-    add("manifest", type=Path, metavar="MANIFEST", help="YAML: reference, features, matrix (README.md)")
-    add("--out", type=Path, metavar="FOLDER", help="folder of the batch (default: runs/NAME of the manifest)")
-    add("--workers", type=_whole(1), default=1, help="processes of this machine (default: 1)")
-    add(
-        "--shard", type=_shard, default=(1, 1), metavar="i/n", help="only the jobs i, i + n, ..., from 1 (Slurm arrays)"
-    )
-    add("--submitit", metavar="KEY=VALUE,...", help="workers as jobs of a cluster, with submitit's parameters "
-        "(cluster=slurm,timeout_min=60,slurm_partition=gpu)")  # fmt: skip
-    add("--device", help="torch device (default: this process's CUDA device where there is one)")
-
-    report = commands.add_parser("report", help="Markdown of results, CSV and pictures on request")
-    add = report.add_argument
-    add("results", nargs="+", type=Path, metavar="RESULT", help="result files, folders of batches")
-    add("--list", action="store_true", help="which file is which point")
-    add("--csv", type=Path, metavar="FILE", help="every number with its error, one a line")
-    add("--markdown", type=Path, metavar="FILE", help="the table that is printed")
-    add("--plots", type=Path, metavar="FOLDER", help="pictures of each metric against the evaluations")
-
-    verify = commands.add_parser("verify", help="recompute a result's keys and values; exit code 1 if one differs")
-    verify.add_argument("result", type=Path, metavar="RESULT.json")
-    verify.add_argument("--recompute", action="store_true", help="from the inputs, not from the features kept")
-    verify.add_argument("--device", help="torch device (default: a CUDA device where there is one)")
-
-    compare = commands.add_parser("compare", help="the difference B - A with its interval, paired where it can be")
-    compare.add_argument("a", type=Path, metavar="A.json")
-    compare.add_argument("b", type=Path, metavar="B.json")
-    return parser
-
-
-def _whole(least: int, most: int = 2**31 - 1) -> Any:
-    def parse(text: str) -> int:
-        if not (text.isascii() and text.isdigit() and least <= int(text) <= most):
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} to {most}")
-        return int(text)
-
-    return parse
-
-
-def _finite(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
-    return value
-
-
-def _shard(text: str) -> tuple[int, int]:
-    number, slash, of = text.partition("/")
-    if not (slash and number.isdigit() and of.isdigit() and 1 <= int(number) <= int(of)):
-        raise argparse.ArgumentTypeError(f"{text!r} is not i/n with 1 <= i <= n")
-    return int(number), int(of)
-
-
 def _stats(arguments: argparse.Namespace, _: str) -> None:
     if arguments.out.suffix != ".npz":
         raise ValueError(f"out: {arguments.out} is no .npz, by which statistics are known")
     _make_room(arguments.out)
-    from tools.features import load_extractor
-    from tools.sources import open_source
-    from tools.statistics import FeatureStatistics
+    from tools.processes import own_device
+    from tools.references import reference_statistics
+    from tools.workers import say_line
 
-    source = open_source("digits:held-out" if arguments.source == "digits" else arguments.source)
-    if source.count is None:
-        raise ValueError(f"source: {arguments.source} makes images; accepted are images that exist")
-    extractor = load_extractor(arguments.features, source.shape)
-    statistics = FeatureStatistics(extractor.dim, extractor.name)
-    for start in range(0, source.count, 500):
-        samples = source.read(0, range(start, min(start + 500, source.count)))
-        statistics.update(extractor(samples.images).features)
-    statistics.save(arguments.out)
-    print(f"{statistics.count} images, {extractor.name}: {arguments.out}")
+    with tempfile.TemporaryDirectory() as spare:
+        folder, device = arguments.cache or spare, _device(arguments.device) or own_device()
+        sizes = arguments.chunk, arguments.batch
+        statistics = reference_statistics(arguments.source, arguments.features, folder, device, *sizes, say_line)
+        statistics.save(arguments.out)
+    print(f"{statistics.count} images, {statistics.extractor}: {arguments.out}")
 
 
 def _score(arguments: argparse.Namespace, command: str) -> None:
@@ -190,20 +79,21 @@ def _score(arguments: argparse.Namespace, command: str) -> None:
         },
         "score",
     )
+    from tools.processes import run_batch
     from tools.report import markdown_table
-    from tools.workers import run_batch
 
     _can_be_folder(arguments.out)
     with tempfile.TemporaryDirectory() as spare:
         folder, device = arguments.out or Path(spare), _device(arguments.device)
-        print(markdown_table(run_batch(manifest, folder, device=device, command=command)), end="")
+        results = run_batch(manifest, folder, workers=arguments.workers, device=device, command=command)
+        print(markdown_table(results), end="")
 
 
 def _batch(arguments: argparse.Namespace, command: str) -> None:
     manifest = read_manifest(arguments.manifest)
     _can_be_folder(arguments.out)
     folder = arguments.out or Path("runs") / arguments.manifest.stem
-    from tools.workers import run_batch
+    from tools.processes import run_batch
 
     options = {"workers": arguments.workers, "shard": arguments.shard, "command": command}
     executor = None if arguments.submitit is None else _submitit(arguments.submitit, folder)

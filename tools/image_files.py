@@ -5,8 +5,9 @@ What 8 bits of red, green and blue cannot hold is refused by name, not converted
 Files that are no images are skipped and counted; nothing of a zip is ever written to the disk.
 """
 
+import os
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, NamedTuple
 
@@ -29,13 +30,27 @@ class _Header(NamedTuple):
     grey: bool
 
 
+def _files_below(root: Path) -> list[Path]:
+    """Of folders that are links, too; a link to a folder that it lies in is not followed."""
+
+    def walk(folder: Path, around: frozenset[str]) -> Iterator[Path]:
+        inside = around | {os.path.realpath(folder)}
+        for path in folder.iterdir():
+            if not path.is_dir():
+                yield path
+            elif os.path.realpath(path) not in inside:
+                yield from walk(path, inside)
+
+    return list(walk(root, frozenset()))
+
+
 class ImageFolder:
     """Every image below a folder. Raises ValueError, naming the file, for one that is none, and when there is none."""
 
     labels: Tensor | None = None
 
     def __init__(self, root: Path, hashes: HashCache) -> None:
-        files = sorted((f for f in root.rglob("*") if f.is_file()), key=lambda f: f.relative_to(root).parts)
+        files = sorted(_files_below(root), key=lambda f: f.relative_to(root).parts)
         chosen = [f for f in files if _is_image(f.name)]
         self.skipped = len(files) - len(chosen)
         if not chosen:

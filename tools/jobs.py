@@ -11,9 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
-import numpy as np
 import torch
 
 from tools.arithmetic import one_thread
@@ -24,6 +22,7 @@ from tools.manifest import Manifest, Point
 from tools.metrics import NEEDS_LOGITS, NEEDS_ROWS, Reference, evaluate
 from tools.presets import Shape
 from tools.provenance import provenance
+from tools.references import dealt, is_statistics, reference_stream, stream_of
 from tools.results import VERSION, Result, Values
 from tools.sources import Fixed, Source, SourceSettings, open_source
 from tools.statistics import FeatureStatistics
@@ -58,10 +57,17 @@ class Batch:
     metrics that cannot be read or do not fit one another.
     """
 
-    def __init__(self, manifest: Manifest, folder: str | Path, device: str = "cpu", command: str = "") -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        folder: str | Path,
+        device: str = "cpu",
+        command: str = "",
+        hashes: HashCache | None = None,
+    ) -> None:
         self.manifest, self.folder, self.device, self.command = manifest, Path(folder), device, command
         self.cache = Cache(folder)
-        self._hashes = HashCache(self.folder / "hashes.json")
+        self._hashes = HashCache(self.folder / "hashes.json") if hashes is None else hashes
         self._read: dict[str, Reference] = {}
         self._extractors: dict[tuple[str, Shape | None], Extractor] = {}
         self._classifying: dict[tuple[str, Shape | None], bool] = {}
@@ -75,15 +81,15 @@ class Batch:
         named = self.manifest.reference
         for spec in self.manifest.features:
             path = named if isinstance(named, str) else named[spec]
-            if _is_statistics(path):
+            if is_statistics(path):
                 if isinstance(named, str) and len(self.manifest.features) > 1:
                     raise ValueError(f"reference: {path} is of one extractor; name one for each as EXTRACTOR: FILE")
-                statistics[spec] = FeatureStatistics.load(path)
+                known = statistics[spec] = FeatureStatistics.load(path)
+                if known.extractor is None:
+                    self._note(f"{path}: does not say what made its features; taken to be {spec}'s")
                 continue
             source = self._opened("digits:held-out" if path == "digits" else path)
-            if source.count is None:
-                raise ValueError(f"reference: {path} makes images; needed are images that exist, or statistics")
-            streams[spec] = self._stream(source, 0, self._dealt(source.count, 0), {"order": [0, 0, source.count]})
+            streams[spec] = reference_stream(source, self.device, self.manifest.chunk, self.manifest.batch)
         return statistics, streams
 
     def _plan(self) -> list[Job]:
@@ -115,7 +121,7 @@ class Batch:
         if n < 4:
             raise ValueError(f"source: {source.title} has {source.count} images; needed are 4 or more")
         start = draw * n
-        numbers = self._dealt(source.count, seed)[start : start + n]
+        numbers = dealt(source.count, seed)[start : start + n]
         facts = {"order": [seed, start, start + n]}
         if len(numbers) == n:
             return self._stream(source, seed, numbers, facts)
@@ -128,13 +134,8 @@ class Batch:
         if text not in self.notes:
             self.notes.append(text)
 
-    def _dealt(self, count: int, seed: int) -> list[int]:
-        """Folders are often sorted by class, and a part of one should be like the whole."""
-        return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
-
     def _stream(self, source: Source, seed: int, numbers: Sequence[int], which: dict[str, Any]) -> Stream:
-        facts = {"source": source.facts, "which": which, "device": torch.device(self.device).type}
-        return Stream(source, seed, numbers, facts, self.manifest.chunk, self.manifest.batch)
+        return stream_of(source, seed, numbers, which, self.device, self.manifest.chunk, self.manifest.batch)
 
     def _extractor(self, spec: str, shape: Shape | None) -> Extractor:
         if (spec, shape) not in self._extractors:
@@ -169,7 +170,7 @@ class Batch:
 
     def _reference_facts(self, spec: str) -> dict[str, Any]:
         if spec in self.statistics:
-            return {"statistics": self.statistics[spec].digest()}
+            return {"statistics": self.statistics[spec].digest(), "n": self.statistics[spec].count}
         stream = self.references[spec]
         images = digest_json({name: stream.facts[name] for name in ("source", "which")})
         return {"stream": stream.key, "images": images, "n": len(stream.numbers)}
@@ -221,7 +222,7 @@ class Batch:
     def judge(self, job: Job) -> Result:
         """The result of a job whose chunks are all there. Raises ValueError for chunks that were changed."""
         values: Values = {}
-        seconds = 0.0
+        made_on: dict[str, list[str]] = {}
         for spec, extractor in job.extractors.items():
             found = self.cache.read(job.stream, extractor.name)
             with one_thread():
@@ -233,9 +234,14 @@ class Batch:
                     labels=found.labels,
                     device=self.device,
                 )
-            seconds = found.seconds
-        rate = len(job.stream.numbers) / seconds if job.stream.source.count is None and seconds else None
-        return job.result(values, provenance(self.device, self.command) | {"images_per_second": rate})
+            made_on[spec] = list(found.made_on)
+        making = found.making if job.stream.source.count is None else 0.0
+        how = {
+            "made_on": made_on,
+            "seconds": found.seconds,
+            "images_per_second": len(job.stream.numbers) / making if making else None,
+        }
+        return job.result(values, provenance(self.device, self.command) | how)
 
     def _reference(self, spec: str) -> Reference:
         if spec not in self._read:
@@ -246,14 +252,3 @@ class Batch:
                 name = self._extractor(spec, stream.source.shape).name
                 self._read[spec] = Reference.of(self.cache.read(stream, name).rows, name)
         return self._read[spec]
-
-
-def _is_statistics(path: str) -> bool:
-    """Whether a file is an .npz with mu and sigma, and no images beside them (ADM's have both)."""
-    if not path.lower().endswith(".npz"):
-        return False
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return "mu" in file.files and "arr_0" not in file.files
-    except (OSError, ValueError, TypeError, EOFError, BadZipFile) as error:
-        raise ValueError(f"reference: {path} cannot be read as an .npz ({type(error).__name__})") from error

@@ -75,7 +75,9 @@ def _each_once(names: Sequence[Any], where: str) -> None:
             raise ValueError(f"{where}: {name!r} is there twice")
 
 
-Metric = Annotated[str, BeforeValidator(known_metric)]
+ALIASES = {"fid": "fd", "kid": "kd"}  # what everybody calls them with Inception
+
+Metric = Annotated[str, BeforeValidator(lambda name: known_metric(ALIASES.get(str(name), name)))]
 ExtractorSpec = Annotated[str, BeforeValidator(_extractor)]
 
 

@@ -25,10 +25,7 @@ NEEDS_LOGITS = ("inception-score", "class-entropy", "class-accuracy")
 
 @dataclass(frozen=True)
 class Reference:
-    """What samples are compared with: statistics, and the rows [M, d] that they are of, where those are known.
-
-    The rows are in no order that means anything: metrics that need as many as there are samples take the first.
-    """
+    """What samples are compared with: statistics, and the rows [M, d] that they are of, where those are known."""
 
     statistics: FeatureStatistics
     rows: Tensor | None = None
@@ -56,7 +53,8 @@ def evaluate(
 
     logits [N, C]: of the extractor's own classifier, for the three metrics of classes; labels [N]: what was asked of
     the generator, for class-accuracy. Row k is sample k, which decides its jackknife block. Precision, recall, density
-    and coverage use the first min(N, M) rows of both sides. device: where pairs are compared (None: where they are).
+    and coverage are of min(N, M) rows of both sides: they move with the number; which rows of the larger one is drawn
+    once and for all. device: where pairs are compared (None: where they are).
     Raises ValueError for unknown metrics, metrics that need what is not there, and features that do not fit.
     """
     for name in metrics:
@@ -64,6 +62,9 @@ def evaluate(
             known_metric(name)
         except ValueError as error:
             raise ValueError(f"metrics: {error}") from error
+    if not metrics:
+        raise ValueError(f"metrics: none; accepted are {', '.join(DEFAULT_METRICS)} and others")
+    features = torch.as_tensor(features).detach()
     check_features("features", features, reference.statistics.dim)
     _check_needs(metrics, reference, len(features), logits, labels)
     found = _pairs(features, reference, [name for name in metrics if name in NEEDS_ROWS], device)
@@ -107,6 +108,14 @@ def _check_needs(
     for rows, needed in ((logits, "logits"), (labels, "labels")):
         if rows is not None and len(rows) != n:
             raise ValueError(f"{needed}: shape {list(rows.shape)}; needed are {n} rows, one for each of the features")
+    if logits is not None:
+        check_features("logits", logits, logits.shape[-1])
+        n_classes = logits.shape[1]
+        known = labels is None or (
+            not labels.is_floating_point() and bool(((labels >= 0) & (labels < n_classes)).all())
+        )
+        if not known and "class-accuracy" in metrics:
+            raise ValueError(f"labels: needed are whole numbers of the classifier's {n_classes} classes, from 0")
     for name in metrics:
         if name in NEEDS_ROWS and reference.rows is None:
             raise ValueError(f"metrics: {name} needs the reference's images; statistics alone are not enough")
@@ -129,18 +138,25 @@ def _pairs(
     assert reference.rows is not None
     real, m = reference.rows, min(len(fake), len(reference.rows))
     manifold = [name for name in asked if name in _MANIFOLD]
-    passes = [(list(asked), len(real), len(fake))]
+    passes = [(list(asked), real, fake)]
     if len(real) != len(fake) and manifold:
-        passes = [([name for name in asked if name not in _MANIFOLD], len(real), len(fake)), (manifold, m, m)]
+        others = [name for name in asked if name not in _MANIFOLD]
+        passes = [(others, real, fake), (manifold, _some(real, m), _some(fake, m))]
     found: dict[str, Estimate] = {}
-    for names, rows, samples in passes:
+    for names, of_real, of_fake in passes:
         if names:
-            result = pairwise(real[:rows], fake[:samples], asked=names, device=device)
+            result = pairwise(of_real, of_fake, asked=names, device=device)
             for name in names:
                 estimate = getattr(result, {"kd": "kernel_distance", "clip-mmd": "mmd"}.get(name, name))
                 assert estimate is not None
                 found[name] = estimate
     return found
+
+
+def _some(rows: Tensor, m: int) -> Tensor:
+    """m of the rows [N, d], in their order, drawn from N and m alone: a set may be sorted by class."""
+    chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:m].sort().values
+    return rows[chosen.to(rows.device)]
 
 
 def _scaled(estimate: Estimate, factor: float) -> Estimate:

@@ -124,13 +124,15 @@ def _axes(rows: Sequence[Row]) -> list[str]:
 
 
 def _names(rows: Sequence[Row]) -> list[str]:
-    """Names; with a hash of the source where one name stands for several."""
+    """Names; with a hash of the source where one name stands for several at one point."""
     sources = [digest_json(row.results[0].inputs["facts"]["source"])[:8] for row in rows]
     of_name: dict[str, set[str]] = {}
     for row, source in zip(rows, sources, strict=True):
-        of_name.setdefault(row.name, set()).add(source)
+        of_name.setdefault(f"{row.name} {row.axes}", set()).add(source)
     pairs = zip(rows, sources, strict=True)
-    return [f"{row.name} [{source}]" if len(of_name[row.name]) > 1 else row.name for row, source in pairs]
+    return [
+        f"{row.name} [{source}]" if len(of_name[f"{row.name} {row.axes}"]) > 1 else row.name for row, source in pairs
+    ]
 
 
 def _varying(rows: Sequence[Row]) -> list[str]:

@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
+from scipy.stats import t
 
 from samplers.atomic import atomic_write
 from tools.digest import digest_json
-from tools.jackknife import Estimate, jackknife
+from tools.jackknife import BLOCKS, CONFIDENCE, Estimate, jackknife
 
 VERSION = 1  # of the arithmetic: the same key means the same bits
+
+UNPAIRED = float(t.ppf((1 + CONFIDENCE) / 2, 2 * (BLOCKS - 1)))  # of two errors with nine degrees of freedom each
 
 Values = dict[str, dict[str, Estimate]]  # extractor as it was asked for -> metric -> estimate
 
@@ -52,6 +55,7 @@ class Result:
         """Writes the file whole or not at all. Raises ValueError for a number that is not finite: JSON has none."""
         values = {space: {m: asdict(e) for m, e in metrics.items()} for space, metrics in self.values.items()}
         content = asdict(self) | {"values": values, "key": self.key, "version": VERSION}
+        content["sha256"] = digest_json(content)
         text = json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False)
         with atomic_write(path) as file:
             file.write((text + "\n").encode())
@@ -61,14 +65,15 @@ class Result:
         """Raises ValueError, naming the file, for what is no result of this version, or was changed by hand."""
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=_no_number)
+            sha256, found = content.pop("sha256"), digest_json(content)
             key, version = content.pop("key"), content.pop("version")
             result = TypeAdapter(cls).validate_python(content)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"result: {path} is not a result of distill-fid ({_why(error)})") from error
         if version != VERSION:
             raise ValueError(f"result: {path} is of version {version}, not {VERSION}; its numbers do not compare")
-        if key != result.key:
-            raise ValueError(f"result: {path} has key {key}, but its facts have {result.key}: it was changed by hand")
+        if key != result.key or sha256 != found:
+            raise ValueError(f"result: {path} is not what was written: it was changed by hand")
         return result
 
 
@@ -90,8 +95,8 @@ def read_results(paths: Iterable[str | Path]) -> list[Result]:
     """
     found: dict[str, tuple[Path, Result]] = {}
     for path in map(Path, paths):
-        inside = path / "results" if (path / "results").is_dir() else path
-        files = sorted(inside.glob("*.json")) if inside.is_dir() else [path]
+        batch = path / "results" if (path / "results").is_dir() or (path / "features").is_dir() else path
+        files = sorted(batch.glob("*.json")) if path.is_dir() else [path]
         if not files:
             raise ValueError(f"result: {path} has no results")
         for file in files:
@@ -154,16 +159,17 @@ def _difference(space: str, metric: str, a: Estimate, b: Estimate, paired: bool)
         estimate = jackknife(b.value - a.value, left)
         unbiased = a.debiased is not None and b.debiased is not None
         assert estimate.debiased is not None
-        assert estimate.interval is not None
-        shift = 0.0 if unbiased else estimate.value - estimate.debiased
-        low, high = (edge + shift for edge in estimate.interval)
         middle = estimate.debiased if unbiased else estimate.value
-        return Difference(space, metric, a.value, b.value, middle, estimate.standard_error, (low, high), True)
+        interval = estimate.interval and (
+            estimate.interval[0] + middle - estimate.debiased,
+            estimate.interval[1] + middle - estimate.debiased,
+        )
+        return Difference(space, metric, a.value, b.value, middle, estimate.standard_error, interval, True)
     middle = _middle(b) - _middle(a) if a.debiased is not None and b.debiased is not None else b.value - a.value
     error = None
     if a.standard_error is not None and b.standard_error is not None:
         error = math.hypot(a.standard_error, b.standard_error)
-    interval = None if error is None else (middle - 1.96 * error, middle + 1.96 * error)
+    interval = None if error is None else (middle - UNPAIRED * error, middle + UNPAIRED * error)
     return Difference(space, metric, a.value, b.value, middle, error, interval, False)
 
 

@@ -29,7 +29,8 @@ class FrechetMetric(StreamedRows):
 
     dim: of the features. network: maps what `update` is given to features [B, dim] (a module, a `load_extractor`, any
     function); None: it is given features. reset_real=False: `reset` keeps the real rows. States are float64 sums over
-    ten jackknife blocks, 80 dim^2 bytes, of rows minus the reference's mean; without a reference, a mean of 1e4
+    ten jackknife blocks, 80 dim^2 bytes, which every rank gathers from all; errors=False: over one, 8 dim^2, and
+    `estimate` knows no error. They are of rows minus the reference's mean; without a reference, a mean of 1e4
     deviations costs half the digits.
     """
 
@@ -44,13 +45,15 @@ class FrechetMetric(StreamedRows):
         network: Network | None = None,
         reference: FeatureStatistics | None = None,
         reset_real: bool = True,
+        errors: bool = True,
     ) -> None:
         super().__init__(dim, network)
         if reference is not None and reference.dim != dim:
             raise ValueError(f"reference: statistics of {reference.dim} features, not of {dim}")
         self.reference, self.reset_real = reference, reset_real
         self._centre = torch.zeros(dim, dtype=torch.float64) if reference is None else reference.mean
-        groups = BLOCKS + 1 if reference is None else BLOCKS  # the last is that of the real rows
+        self.blocks = BLOCKS if errors else 1
+        groups = self.blocks + (reference is None)  # the last is that of the real rows
         self.add_state("count", torch.zeros(groups, dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("total", torch.zeros(groups, dim, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("products", torch.zeros(groups, dim, dim, dtype=torch.float64), dist_reduce_fx="sum")
@@ -63,7 +66,7 @@ class FrechetMetric(StreamedRows):
         """
         if real and self.reference is not None:
             raise ValueError("real: True, but the reference is given; accepted is False")
-        counted = self.count[BLOCKS:] if real else self.count[:BLOCKS]
+        counted = self.count[self.blocks :] if real else self.count[: self.blocks]
         self.wait(x, real, numbers, int(counted.sum()) + self.seen(real))
         if sum(map(len, self.rows)) >= FOLD:
             self._fold()
@@ -79,19 +82,19 @@ class FrechetMetric(StreamedRows):
     def reset(self) -> None:
         """Forgets all rows, or all but the real ones."""
         self._fold()
-        kept = {name: getattr(self, name)[BLOCKS:].clone() for name in ("count", "total", "products")}
+        kept = {name: getattr(self, name)[self.blocks :].clone() for name in ("count", "total", "products")}
         super().reset()
         for name, value in kept.items() if not self.reset_real else ():
-            getattr(self, name)[BLOCKS:] = value
+            getattr(self, name)[self.blocks :] = value
 
     @torch.no_grad()
     def _fold(self) -> None:
         rows, numbers = self.waiting()
         rows = rows - self._centre.to(rows.device)
-        groups = torch.full_like(numbers, BLOCKS)
+        groups = torch.full_like(numbers, self.blocks)
         fake = numbers >= 0
         if fake.any():
-            groups[fake] = block_of(numbers[fake].cpu()).to(groups.device)
+            groups[fake] = block_of(numbers[fake].cpu()).to(groups.device) if self.blocks > 1 else 0
         for group in groups.unique().tolist():
             own = rows[groups == group]
             self.count[group] += len(own)
@@ -101,17 +104,19 @@ class FrechetMetric(StreamedRows):
 
     def _value(self) -> float:
         self._fold()
-        return frechet_distance(self._statistics(slice(BLOCKS)), self._real()).value
+        return frechet_distance(self._statistics(slice(self.blocks)), self._real()).value
 
     def _estimate(self) -> Estimate:
         self._fold()
-        counts = self.count[:BLOCKS]
+        counts = self.count[: self.blocks]
+        if self.blocks == 1:
+            return Estimate(self._value())
         if counts.min() < 1 or counts.sum() < 2 * BLOCKS:
             return Estimate(self._value(), warning=f"{int(counts.sum())} samples are too few for an error")
         return estimate_of_parts([self._statistics(slice(b, b + 1)) for b in range(BLOCKS)], self._real())
 
     def _real(self) -> FeatureStatistics:
-        return self._statistics(slice(BLOCKS, None)) if self.reference is None else self.reference
+        return self._statistics(slice(self.blocks, None)) if self.reference is None else self.reference
 
     def _statistics(self, groups: slice) -> FeatureStatistics:
         """Of the sums of some groups. What rounding leaves of a constant feature's variance, of either sign, is 0."""

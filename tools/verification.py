@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from distill.run import differences
+from tools.digest import HashCache
 from tools.jobs import Batch, Job
 from tools.manifest import manifest_of
+from tools.processes import own_device
 from tools.results import Result, Values
-from tools.workers import Worker, own_device
+from tools.workers import Worker
 
 NEAR = 1e-6  # of a number: what other hardware may do to its last digits
 
@@ -24,15 +26,20 @@ def verify(path: str | Path, device: str | None = None, recompute: bool = False)
     """
     path = Path(path)
     result = Result.load(path)
-    yield True, f"key: {result.key} is that of its facts"
+    yield True, f"key: {result.key}, and the file is as it was written"
 
     axes = {axis: [value] for axis, value in result.inputs["axes"].items()}
     point = axes | {"source": {result.name: result.inputs["source"]}}
-    manifest = manifest_of(result.inputs["manifest"] | {"matrix": point, "exclude": []}, str(path))
+    fields = result.inputs["manifest"] | {"matrix": point, "exclude": []}
+    there = Path(result.provenance["folder"])
+    for holder, name in ((fields, "reference"), (point, "source"), (point, "teleport"), (point, "prompts")):
+        if name in holder:
+            holder[name] = _found(holder[name], there)
+    manifest = manifest_of(fields, str(path))
     with tempfile.TemporaryDirectory() as spare:
         beside = path.parent.parent if path.parent.name == "results" and not recompute else Path(spare)
         try:
-            batch = Batch(manifest, beside, device or _device(result))
+            batch = Batch(manifest, beside, device or _device(result), hashes=HashCache())
         except ValueError as error:
             yield False, f"inputs: cannot be read any more: {error}"
             return
@@ -56,7 +63,7 @@ def verify(path: str | Path, device: str | None = None, recompute: bool = False)
             for chunk in range(stream.chunks)
         )
         if missing and not recompute:
-            yield True, f"values: not looked at, {missing} chunks of features are not there (--recompute makes them)"
+            yield False, f"values: not looked at, {missing} chunks of features are not there (--recompute makes them)"
             return
         try:
             found = _recomputed(batch, job) if recompute else batch.judge(job).values
@@ -64,6 +71,16 @@ def verify(path: str | Path, device: str | None = None, recompute: bool = False)
             yield False, f"values: {error}"
             return
         yield _compared(result.values, found)
+
+
+def _found(value: Any, folder: Path) -> Any:
+    """Paths as they were written, or, where there is nothing here, in the folder that the batch ran in."""
+    if isinstance(value, dict):
+        return {name: _found(v, folder) for name, v in value.items()}
+    if isinstance(value, list):
+        return [_found(v, folder) for v in value]
+    here = not isinstance(value, str) or value.startswith("digits") or Path(value).exists()
+    return value if here or not (folder / value).exists() else str(folder / value)
 
 
 def _recomputed(batch: Batch, job: Job) -> Values:

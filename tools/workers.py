@@ -5,20 +5,11 @@ there is no server. A worker that dies leaves its locks to the others, and a run
 """
 
 import multiprocessing
-import os
-import signal
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import Executor
-from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Any
-
-from tools.manifest import Manifest
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,135 +21,13 @@ if TYPE_CHECKING:
     from tools.sources import Source
 
 WAIT = 0.5  # seconds between looks, while others hold all that is left
-GRACE = 10.0  # seconds for a process to end in order
 
 Shard = tuple[int, int]  # i of n, from 1
 
 
-def run_batch(
-    manifest: Manifest,
-    folder: str | Path,
-    *,
-    workers: int = 1,
-    executor: Executor | None = None,
-    device: str | None = None,
-    shard: Shard = (1, 1),
-    command: str = "",
-) -> "list[Result]":
-    """Does all jobs of a manifest, and returns their results in the manifest's order.
-
-    workers: processes of this machine, or, with an executor, calls of its `submit`: any `concurrent.futures` executor,
-    submitit's, dask's. device: None is a CUDA device where there is one. shard (i, n): the jobs i, i + n, ... only.
-    Raises ValueError for what the manifest asks for and cannot be, and, after everything else is done, naming them, for
-    jobs that failed; OSError where nothing can be written; ChildProcessError where every worker died.
-    """
-    task = (manifest, str(folder), device, shard, command)
-    with _ended_in_order():
-        worker = _planned(*task)  # what is wrong is said, and files are hashed, before anything is started
-        for note in worker.batch.notes:
-            _line(note)
-        if executor is not None:
-            _calls(task, workers, executor)
-        elif workers > 1:
-            _processes(task, workers)
-        return worker.run()
-
-
-def _worker(manifest: Manifest, folder: str, device: str | None, shard: Shard, command: str) -> None:
-    """A call that another process can be asked for: results are read from the folder.
-
-    What it cannot do is the caller's to report, who meets it again when it looks at what is left.
-    """
-    with suppress(ValueError, OSError):
-        _planned(manifest, folder, device, shard, command).run()
-
-
-def _calls(task: tuple[Any, ...], workers: int, executor: Executor) -> None:
-    """Waits for all, however they end. Raises ChildProcessError if none came to its end."""
-    died = []
-    for number, future in enumerate([executor.submit(_worker, *task) for _ in range(workers)], 1):
-        try:
-            future.result()
-        except Exception as error:  # each executor has its own for a process that it lost
-            died.append(f"worker {number} of {workers} was lost: {' '.join(str(error).split())}")
-            _line(died[-1])
-    if len(died) == workers:
-        raise ChildProcessError(f"{died[-1]}; none is left; the same command continues")
-
-
-def _processes(task: tuple[Any, ...], workers: int) -> None:
-    """Each on its own: one that is killed takes no other with it, and its work is left to them, or to the caller.
-
-    Raises ChildProcessError if none came to its end.
-    """
-    context = multiprocessing.get_context("spawn")
-    started = [context.Process(target=_process, args=task) for _ in range(workers)]
-    died = []
-    try:
-        for process in started:
-            process.start()
-        for number, process in enumerate(started, 1):
-            process.join()
-            if process.exitcode:
-                died.append(f"worker {number} of {workers} was ended by {_cause(process.exitcode)}")
-                _line(f"{died[-1]}; what it held is taken over")
-    finally:
-        for process in started:
-            if process.is_alive():
-                process.terminate()
-        for process in started:
-            if process.pid is not None:
-                process.join(GRACE)
-    if len(died) == workers:
-        raise ChildProcessError(f"{died[-1]}; none is left; the same command continues")
-
-
-def _process(*task: Any) -> None:
-    with _ended_in_order():
-        try:
-            _worker(*task)
-        except KeyboardInterrupt:  # the terminal tells all processes; the caller says so
-            sys.exit(128 + signal.SIGINT)
-
-
-def _cause(exitcode: int) -> str:
-    number = -exitcode if exitcode < 0 else exitcode - 128
-    return signal.Signals(number).name if number > 0 else f"an error (exit code {exitcode})"
-
-
-def _planned(manifest: Manifest, folder: str, device: str | None, shard: Shard, command: str) -> "Worker":
-    from tools.jobs import Batch
-
-    return Worker(Batch(manifest, folder, device or own_device(), command), shard)
-
-
-def own_device() -> str:
-    """The CUDA device of this process in a launch, if there is one."""
-    import torch
-
-    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
-
-
-def _line(text: str) -> None:
+def say_line(text: str) -> None:
+    """On stderr, at once."""
     print(text, file=sys.stderr, flush=True)
-
-
-@contextmanager
-def _ended_in_order() -> Iterator[None]:
-    """SIGTERM, which a scheduler sends before it kills, ends the block as an exception would: drafts are removed, and
-    so are the processes that were started. Only the main thread of a process can see to it."""
-
-    def leave(number: int, _: FrameType | None) -> None:
-        sys.exit(128 + number)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 class Bar:
@@ -179,7 +48,7 @@ class Bar:
 
     def say(self, text: str) -> None:
         if self._bar.disable:
-            _line(text)
+            say_line(text)
         else:
             self._bar.n, self._bar.total = self._worker.chunks()
             self._bar.write(text, file=sys.stderr)
@@ -237,14 +106,15 @@ class Worker:
         try:
             moved, complete = self._chunks(job)
             return (complete and self._finish(job)) or moved
-        except (ValueError, RuntimeError) as error:  # the second is torch's: of memory, or of a network of the user's
-            self.failures[job.key] = f"{job.point.name}: {' '.join(str(error).split())}"
-            self.bar.say(self.failures[job.key])
-            return True
         except OSError as error:  # of a full disk, which is no job's fault
             if error.errno is None or error.filename is not None:
                 raise
             raise OSError(error.errno, error.strerror, str(self.batch.folder)) from error
+        except Exception as error:  # of memory, or whatever a network of the user's raises: the other jobs go on
+            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+            self.failures[job.key] = f"{job.point.name}: {kind}{' '.join(str(error).split())}"
+            self.bar.say(self.failures[job.key])
+            return True
 
     def _chunks(self, job: "Job") -> tuple[bool, bool]:
         """Computes the chunks that nobody holds: whether there was one, and whether all are there."""
@@ -264,7 +134,6 @@ class Worker:
         return moved, complete
 
     def _compute(self, stream: "Stream", missing: "list[Extractor]", chunk: int, unkept: dict[int, Path]) -> None:
-        from tools.arithmetic import one_thread
         from tools.cache import remove_drafts
 
         self._make_room_for(stream.source)
@@ -272,8 +141,7 @@ class Worker:
             self._samples(stream).mkdir(parents=True, exist_ok=True)
             remove_drafts(self._samples(stream), unkept.values())
         started = time.perf_counter()
-        with one_thread() if self.batch.device == "cpu" else nullcontext():
-            self.batch.cache.compute(stream, missing, chunk, partial(_write_sample, unkept) if unkept else None)
+        self.batch.cache.compute(stream, missing, chunk, partial(_write_sample, unkept) if unkept else None)
         done = f"{chunk * stream.chunk + len(stream.rows(chunk))}/{len(stream.numbers)}"
         took = time.perf_counter() - started
         self.bar.say(f"{stream.source.title} [{stream.key[:8]}-{chunk}]: image {done}, {took:.1f} s")

@@ -1,7 +1,3 @@
 """What the server process of batches.py imports before it forks: all that `distill-fid batch` loads when it works."""
 
 import tests.distill.preload  # noqa: F401
-import tools.fid
-import tools.jobs
-import tools.report
-import tools.workers  # noqa: F401

@@ -97,3 +97,39 @@ def test_what_is_no_feature_network_raises() -> None:
 def test_a_network_that_cannot_read_the_images_says_what_it_said() -> None:
     with pytest.raises(ValueError, match=r"cannot read \[2, 1, 8, 8\] \(RuntimeError: .*channels"):
         load_extractor(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten()), (1, 8, 8))
+
+
+class Shifted(nn.Module):
+    """Knows two numbers that are no weights."""
+
+    def __init__(self, k: float) -> None:
+        super().__init__()
+        self.k = {"factor": torch.tensor(k)}
+        self.register_buffer("shift", torch.tensor(k), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.k["factor"] * x.mean(dim=(2, 3)) + self.shift
+
+
+def test_numbers_that_are_no_weights_are_in_the_name() -> None:
+    one, again, other = (load_extractor(Shifted(k), (1, 8, 8)).name for k in (1.0, 1.0, 2.0))
+    assert one == again != other
+    for change in ("shift", "factor"):
+        changed = Shifted(1.0)
+        (changed.shift if change == "shift" else changed.k["factor"]).add_(1)
+        assert load_extractor(changed, (1, 8, 8)).name != one
+
+
+def test_a_network_typed_at_a_prompt_has_a_name_of_its_code() -> None:
+    text = "class Net(nn.Module):\n    def forward(self, x):\n        return {} * x.mean(dim=(2, 3))\n"
+    names = []
+    for factor in (2, 2, 3):
+        typed: dict = {"nn": nn, "__name__": "__main__"}
+        exec(text.format(factor), typed)
+        names.append(load_extractor(typed["Net"](), (1, 8, 8)).name)
+    assert names[0] == names[1] != names[2]
+
+
+def test_a_factory_that_fails_is_one_line() -> None:
+    with pytest.raises(ValueError, match=r"os\.path:join\(\) fails \(TypeError"):
+        load_extractor("os.path:join", (1, 8, 8))

@@ -180,7 +180,7 @@ def test_a_matrix_that_is_none_is_told_so(matrix: dict, message: str) -> None:
         ({"features": "inceptin-clean:w.pth"}, "'inceptin-clean:w.pth'; accepted are"),
         ({"features": "package.module"}, "'package.module'; accepted are"),
         ({"features": "module:"}, "'module:'; accepted are"),
-        ({"features": {"digits": "fid"}}, "features.digits.0: 'fid'; accepted are fd, relative-fd"),
+        ({"features": {"digits": "fld"}}, "features.digits.0: 'fld'; accepted are fd, relative-fd"),
         ({"features": {"digits": ["fd", "kd", "fd"]}}, "features: digits: 'fd' is there twice"),
         ({"features": {"digits": "vendi@-1"}}, "'vendi@-1'; accepted are"),
         ({"features": {"digits": "vendi@nan"}}, "'vendi@nan'; accepted are"),
@@ -250,3 +250,10 @@ def test_the_schema_loads_no_torch() -> None:
     code = "import sys, tools.manifest; print('torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout == "False\n"
+
+
+def test_what_everybody_calls_them_is_understood() -> None:
+    asked = manifest_of(
+        {"reference": "digits", "features": {"pixels": ["fid", "kid"]}, "matrix": {"source": "digits"}}, "m"
+    )
+    assert asked.features == {"pixels": ("fd", "kd")}

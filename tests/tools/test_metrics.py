@@ -80,15 +80,33 @@ def test_the_values_are_those_of_the_definitions(reference: Reference) -> None:
     assert found["class-accuracy"] == pytest.approx((predicted == LABELS.numpy()).mean(), rel=1e-12)
 
 
+def chosen(n: int, m: int) -> Tensor:
+    return torch.randperm(n, generator=torch.Generator().manual_seed(0))[:m].sort().values
+
+
+def test_sets_that_are_sorted_by_class_are_judged_as_fairly() -> None:
+    """Ten clusters, and a reference that has five times as many rows."""
+    centres = 8 * normal(10, 6, seed=5)
+    real = centres.repeat_interleave(100, 0) + normal(1000, 6, seed=6)
+    fake = centres.repeat(20, 1) + normal(200, 6, seed=7)
+    shuffled = real[torch.randperm(1000, generator=torch.Generator().manual_seed(1))]
+    names = ["precision", "recall", "coverage"]
+    sorted_, fair = (evaluate(fake, Reference.of(rows), names) for rows in (real, shuffled))
+    for name in names:
+        assert sorted_[name].value > 0.5
+        assert abs(sorted_[name].value - fair[name].value) < 0.15
+
+
 def test_the_reference_is_the_real_side_and_the_neighbours_are_of_equally_many(reference: Reference) -> None:
-    """The first 70 of its 90 rows; and the first 50 of the samples, where the reference has 50."""
+    """70 of its 90 rows; and 50 of the samples, where the reference has 50; which ones is drawn from the numbers."""
     fewer = Reference.of(REAL[:50], "noise")
     for against, m in ((reference, 70), (fewer, 50)):
         found = evaluate(FAKE, against, DEFAULT_METRICS)
-        shares = precision_recall(REAL[:m], FAKE[:m])
+        real, fake = (rows[chosen(len(rows), m)] for rows in (against.rows, FAKE))
+        shares = precision_recall(real, fake)
         assert (found["precision"].value, found["recall"].value) == (shares.precision, shares.recall)
         assert shares.precision != shares.recall
-        masses = density_coverage(REAL[:m], FAKE[:m])
+        masses = density_coverage(real, fake)
         assert (found["density"].value, found["coverage"].value) == (masses.density, masses.coverage)
     all_of_both = evaluate(FAKE, fewer, ["kd"])["kd"]
     assert all_of_both != evaluate(FAKE[:50], fewer, ["kd"])["kd"]

@@ -23,7 +23,7 @@ from tests.distill.tiny import save_teacher
 from tests.tools.batches import COMMAND, Running, environment, fid, manifest, save_pictures, stamps, values_in
 from tests.tools.batches import write_manifest as write
 from tools.manifest import read_manifest
-from tools.workers import run_batch
+from tools.processes import run_batch
 
 MADE = re.compile(r"\[([0-9a-f]{8}-\d+)\]: image")
 

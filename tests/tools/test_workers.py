@@ -14,9 +14,10 @@ from tests.distill.tiny import save_teacher
 from tests.tools.batches import manifest, save_pictures, stamps, values_in
 from tools.jobs import Batch
 from tools.manifest import Manifest, manifest_of
+from tools.processes import run_batch
 from tools.results import read_results
 from tools.sources import SourceSettings, open_source, write_png
-from tools.workers import Worker, run_batch
+from tools.workers import Worker
 
 BROKEN = """
 import torch
