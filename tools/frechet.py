@@ -55,18 +55,21 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> FrechetDista
     return FrechetDistance(mean_term + trace_term, mean_term, trace_term)
 
 
-def frechet_estimate(features: Tensor, reference: FeatureStatistics, blocks: Tensor | None = None) -> Estimate:
+def frechet_estimate(
+    features: Tensor, reference: FeatureStatistics, blocks: Tensor | None = None, *, errors: bool = True
+) -> Estimate:
     """The distance of features [N, d] to a reference, with its error: eleven distances, one for each block left out.
 
     blocks [N]: of each row (None: `block_of` the row numbers). With fewer than 8 d rows the interval is too narrow,
-    with fewer than 20 there is none; the estimate says so. Raises ValueError as `frechet_distance` does.
+    with fewer than 20 there is none; the estimate says so. errors=False: one distance, and no error. Raises ValueError
+    as `frechet_distance` does.
     """
     check_features("features", features, reference.dim)
-    if len(features) < 2 * BLOCKS:
+    if len(features) < 2 * BLOCKS or not errors:
         whole = FeatureStatistics(reference.dim)
         whole.update(features)
         few = f"{len(features)} samples are too few for an error ({2 * BLOCKS} or more)"
-        return Estimate(frechet_distance(whole, reference).value, warning=few)
+        return Estimate(frechet_distance(whole, reference).value, warning=few if errors else None)
     blocks = of_blocks(blocks, len(features))
     parts = []
     for block in range(BLOCKS):

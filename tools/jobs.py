@@ -69,6 +69,7 @@ class Batch:
         self.cache = Cache(folder)
         self._hashes = HashCache(self.folder / "hashes.json") if hashes is None else hashes
         self._read: dict[str, Reference] = {}
+        self._fixed: dict[str, Fixed] = {}
         self._extractors: dict[tuple[str, Shape | None], Extractor] = {}
         self._classifying: dict[tuple[str, Shape | None], bool] = {}
         self.notes: list[str] = []
@@ -107,9 +108,16 @@ class Batch:
         return self._opened(point.path, SourceSettings(**{a: v for a, v in point.axes.items() if a != "draw"}))
 
     def _opened(self, path: str, settings: SourceSettings | None = None) -> Source:
+        """Images that exist are opened once, whatever samplers the matrix has: every header of a folder is read."""
+        if path in self._fixed:
+            return self._fixed[path]
         source = open_source(path, settings, device=self.device, hashes=self._hashes)
-        if isinstance(source, Fixed) and source.pictures.skipped:
-            self._note(f"{source.title}: {source.pictures.skipped} files in it are no images that are read; left out")
+        if isinstance(source, Fixed):
+            self._fixed[path] = source
+            if source.pictures.skipped:
+                self._note(
+                    f"{source.title}: {source.pictures.skipped} files in it are no images that are read; left out"
+                )
         return source
 
     def _samples(self, point: Point, source: Source) -> Stream | None:

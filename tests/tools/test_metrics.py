@@ -258,3 +258,12 @@ def test_class_accuracy_is_the_share_of_labels_that_came_true(real: Reference, h
     assert full > 0.97
     assert half_right == pytest.approx(full / 2, abs=0.01)
     assert none < 0.03
+
+
+def test_without_errors_the_values_are_the_same(reference: Reference) -> None:
+    names = ["fd", "vendi"]
+    fast, full = (evaluate(FAKE, reference, names, errors=errors) for errors in (False, True))
+    for name in names:
+        assert fast[name].value == pytest.approx(full[name].value, rel=1e-12)
+        assert fast[name].standard_error is None
+        assert full[name].standard_error is not None
