@@ -20,6 +20,7 @@ from tools.statistics import FeatureStatistics
 
 ENOUGH = 8  # samples a feature: below, the intervals cover less than they say
 PANEL = 256  # columns of a factor multiplied at once
+LOST = 1e-10  # of the largest eigenvalue: one below may be that of a direction that the other covariance lacks
 NEGATIVE = 1e-4  # of the trace: float32 statistics are indefinite by 1e-6 of it
 
 
@@ -48,8 +49,8 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> FrechetDista
     if a.extractor and b.extractor and a.extractor != b.extractor:
         raise ValueError(f"extractor: statistics of {a.extractor} and of {b.extractor} have no distance")
     mean_term = float((a.mean - b.mean).square().sum())
-    full_a, full_b = (s.count is None or s.count > s.dim for s in (a, b))
-    trace_term = _trace_term(a.covariance, b.covariance, (full_a, full_b))
+    few, many = sorted((a, b), key=lambda s: s.dim if s.count is None else min(s.count - 1, s.dim))
+    trace_term = _trace_term(few.covariance, many.covariance, few.count is None or few.count > few.dim)
     if not math.isfinite(mean_term + trace_term):
         raise ValueError("distance: not finite; the features are too large for float64 squares (up to 1e150)")
     return FrechetDistance(mean_term + trace_term, mean_term, trace_term)
@@ -106,8 +107,8 @@ def _all_and_all_but_one(parts: Sequence[FeatureStatistics]) -> Iterator[Feature
         before.merge(part)
 
 
-def _trace_term(a: Tensor, b: Tensor, full: tuple[bool, bool]) -> float:
-    """full: whether there are rows enough for each to have its full rank."""
+def _trace_term(a: Tensor, b: Tensor, full: bool) -> float:
+    """Of a covariance of fewer rows, or as many, and another. full: whether the fewer are enough for full rank."""
     if torch.equal(a, b):
         return 0.0
 
@@ -115,16 +116,29 @@ def _trace_term(a: Tensor, b: Tensor, full: tuple[bool, bool]) -> float:
     shift_a, shift_b = _even_exponent(a), _even_exponent(b)
     a, b = a * math.ldexp(1, -shift_a), b * math.ldexp(1, -shift_b)
 
-    (outer, order), inner = _factor(a, full[0]), b
-    other, other_order = _factor(b, full[1])
-    if other.shape[1] < outer.shape[1]:  # the other way round costs half the digits
-        outer, order, inner = other, other_order, a
-
-    eigenvalues = torch.linalg.eigvalsh(_congruence(outer, inner[order][:, order]))
+    eigenvalues = _eigenvalues(a, b, full)
     root = float(eigenvalues.clamp(min=0).sqrt().sum())
     cross = math.ldexp(root, (shift_a + shift_b) // 2)
     traces = math.ldexp(float(a.trace()), shift_a) + math.ldexp(float(b.trace()), shift_b)
     return max(traces - 2 * cross, 0.0)
+
+
+def _eigenvalues(a: Tensor, b: Tensor, full: bool) -> Tensor:
+    """Of A^T S A, with A the factor of the covariance of lower rank: the other way round costs half the digits."""
+    (outer, order), d = _factor(a, full), len(a)
+    if outer.shape[1] < d:
+        eigenvalues = torch.linalg.eigvalsh(_congruence(outer, b[order][:, order]))
+        if (
+            not len(eigenvalues) or eigenvalues.min() > LOST * eigenvalues.max()
+        ):  # b is of full rank where a is: it need not be factored
+            return eigenvalues
+
+    other, other_order = _factor(b, may_be_full=True)
+    if other.shape[1] < outer.shape[1]:
+        outer, order, b = other, other_order, a
+    elif outer.shape[1] < d:
+        return eigenvalues
+    return torch.linalg.eigvalsh(_congruence(outer, b[order][:, order]))
 
 
 def _even_exponent(covariance: Tensor) -> int:
