@@ -143,8 +143,9 @@ def _notes(results: Sequence[Result]) -> list[str]:
     names = {space: name for result in results for space, name in result.facts["extractors"].items()}
     notes = [f"{space}: {name}" for space, name in names.items()]
     where = sorted({str(result.inputs["manifest"]["reference"]) for result in results})
+    notes.append(f"reference: {', '.join(where)}")
     notes.append(
-        f"reference: {', '.join(where)}; ± of several draws is their standard deviation, of one its jackknife error"
+        "± of several draws is their standard deviation, of one its jackknife error; 95 % intervals: in the CSV"
     )
     warned = {
         f"{space} {metric}: {estimate.warning}": None
