@@ -128,8 +128,9 @@ def test_warnings_and_the_reference_stand_below_once() -> None:
     few = {"digits": {"fd": Estimate(1, warning="few samples"), "kd": Estimate(1)}}
     _, _, notes = table([result("a", few, draw=k) for k in range(3)])
     assert notes[0] == "- digits: digits|8x8"
-    assert notes[1].startswith("- reference: digits; ± of several draws is their standard deviation")
-    assert notes[2:] == ["- warning: digits fd: few samples"]
+    assert notes[1] == "- reference: digits"
+    assert notes[2].startswith("- ± of several draws is their standard deviation, of one its jackknife error")
+    assert notes[3:] == ["- warning: digits fd: few samples"]
 
 
 def test_a_bar_in_a_name_does_not_break_the_table() -> None:
