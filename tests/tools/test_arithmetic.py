@@ -1,9 +1,12 @@
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 
 import pytest
 import torch
 
-from tools.arithmetic import full_precision
+from tools import arithmetic
+from tools.arithmetic import full_precision, one_thread, reproducible
 
 CPU = torch.device("cpu")
 
@@ -46,3 +49,24 @@ def test_products_are_exact_within_autocast() -> None:
         assert (x @ x - exact).abs().max() > 1e-2
         with full_precision(CPU):
             assert (x @ x - exact).abs().max() < 1e-4
+
+
+def test_threads_that_cross_put_back_what_was() -> None:
+    """The first enters and leaves before the second leaves; a thread of its own for each."""
+    deterministic, count = torch.backends.cudnn.deterministic, torch.get_num_threads()
+    torch.backends.cudnn.deterministic = False
+    first, second = (ExitStack() for _ in range(2))
+    try:
+        for stack in (first, second):
+            stack.enter_context(reproducible(CPU))
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(lambda: one_thread().__enter__()).result()
+            first.close()
+            assert torch.backends.cudnn.deterministic
+            assert torch.get_num_threads() == 1
+        second.close()
+        assert not torch.backends.cudnn.deterministic
+    finally:
+        arithmetic._SINGLE.__exit__()
+        torch.backends.cudnn.deterministic = deterministic
+    assert torch.get_num_threads() == count

@@ -6,6 +6,7 @@ import pytest
 
 from tools.bench import orders
 from tools.bench_digits import digits_table
+from tools.results import Spread
 
 
 def test_orders_are_those_of_the_methods() -> None:
@@ -18,8 +19,8 @@ def test_orders_are_those_of_the_methods() -> None:
 def result(fd: float, recall: float) -> dict[str, Any]:
     def entry(fd: float, recall: float, nfe: int) -> dict[str, Any]:
         means = {"fd": fd, "pixel_fd": 0.5, "precision": 0.9, "recall": recall, "class_entropy": 1.0}
-        summary = {name: {"mean": mean, "std": 0.01} for name, mean in (means | {"class_accuracy": 0.99}).items()}
-        return {"summary": summary, "nfe": nfe, "images_per_second": [100.0, 300.0]}
+        summary = {name: Spread(mean, 0.01, 3) for name, mean in (means | {"class_accuracy": 0.99}).items()}
+        return {"summary": summary, "nfe": nfe, "images_per_second": 200.0}
 
     return {"teacher": entry(0.4, 0.8, 35), "student": entry(fd, recall, 1), "seconds": {"teacher": 9, "student": 7}}
 

@@ -6,6 +6,7 @@ import pytest
 
 from tools.bench_digits import arm_name, compare_table
 from tools.bench_toys import COMPARED, Arm, coverage_table, run_arm, toy_trainer
+from tools.results import Spread
 
 
 @pytest.mark.parametrize("adversarial", [False, True])
@@ -41,7 +42,7 @@ def test_the_coverage_table_has_means_and_standard_errors() -> None:
 def test_the_comparison_s_differences_are_paired_with_the_control_of_the_same_seed() -> None:
     def result(control: float, other: float) -> dict[str, Any]:
         def entry(fd: float) -> dict[str, Any]:
-            return {"summary": {m: {"mean": fd} for m in ("fd", "pixel_fd", "precision", "recall")}}
+            return {"summary": {m: Spread(fd, 0.01, 3) for m in ("fd", "pixel_fd", "precision", "recall")}}
 
         names = [arm_name(d, a) for d in COMPARED for a in (False, True)]
         entries = {name: entry(other) for name in names} | {"reverse-kl": entry(control)}
