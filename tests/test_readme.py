@@ -12,7 +12,11 @@ README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=[f"block-{i}" for i in range(len(BLOCKS))])
+LONG = (0, 1, 2, 5)  # they train, or sample in earnest
+CASES = [pytest.param(b, id=f"block-{i}", marks=[pytest.mark.slow] if i in LONG else []) for i, b in enumerate(BLOCKS)]
+
+
+@pytest.mark.parametrize("block", CASES)
 def test_python_blocks_run_and_print_what_their_comments_say(block: str, tmp_path: Path) -> None:
     run = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr

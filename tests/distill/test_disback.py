@@ -188,7 +188,8 @@ KILLED: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", [k if k == "toy" else pytest.param(k, marks=pytest.mark.slow) for k in KILLED])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KILLED)
 def test_a_path_is_killed_and_ends_as_if_nothing_had_happened(place: Path, kind: str) -> None:
     """In both stages, and while the nodes are chosen; `train` does both. The plateau ends stage 1 at step 9."""
     stage = DISBACK["degradation"] | {"steps": 12, "check_every": 3, "tolerance": 0.95, "patience": 2}
@@ -244,7 +245,7 @@ TARGETS: dict[str, dict[str, Any]] = {
 }
 
 
-QUICK = ("nodes, adaptive", "bridge, teacher")
+QUICK = ("nodes, adaptive",)
 
 
 @pytest.mark.parametrize("kind", [k if k in QUICK else pytest.param(k, marks=pytest.mark.slow) for k in TARGETS])
@@ -303,7 +304,8 @@ def test_switches_are_where_the_node_rounded_up_is_another() -> None:
 STATISTICS = {"log_ratio", "weight_mean", "weight_max", "weight_ess"}
 
 
-@pytest.mark.parametrize("features", ["teacher", pytest.param("fake", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("features", ["teacher", "fake"])
 def test_a_divergence_and_the_adversarial_term_wait_for_the_teacher(recorded: Path, features: str) -> None:
     """h = 1 on the way, while the discriminator warms up. Means are over the updates that have a metric."""
     heads = {"features": features, "lr": 1e-2}
@@ -418,7 +420,8 @@ def test_two_processes_walk_the_path_that_one_does(place: Path, kind: str) -> No
 # Toys
 
 
-@pytest.mark.parametrize("name", [n if n == "nodes" else pytest.param(n, marks=pytest.mark.slow) for n in MOVING])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MOVING)
 def test_a_toys_network_is_taught_and_walked_back_to(tmp_path: Path, name: str) -> None:
     teach(tmp_path)
     found = run(tmp_path, **(RING | {"target": target(name, path=None)}))
@@ -428,6 +431,7 @@ def test_a_toys_network_is_taught_and_walked_back_to(tmp_path: Path, name: str) 
     assert manifest(found / "path")["nodes"][-1]["step"] == 5
 
 
+@pytest.mark.slow
 def test_a_toy_is_taught_again_bit_for_bit_and_resumed(tmp_path: Path) -> None:
     whole, again = teach(tmp_path), teach(tmp_path, name="again")
     assert_same(whole, again)
@@ -565,6 +569,7 @@ def test_a_path_is_not_recorded_over(recorded: Path) -> None:
     assert {p: p.stat().st_mtime_ns for p in recorded.rglob("*")} == before
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_the_path_that_it_began_with_only(recorded: Path) -> None:
     begun = run(recorded, "begun")
     shutil.rmtree(begun / "checkpoints/step-00000006")

@@ -191,7 +191,8 @@ def test_a_free_ratio_needs_its_constant() -> None:
 START_LAW = GaussianMixture(torch.ones(1), torch.tensor([[1.5]]), torch.tensor([0.6]))
 
 
-@pytest.mark.parametrize("place", ["teacher", pytest.param("fake", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["teacher", "fake"])
 def test_trained_heads_of_a_bridge_know_its_ratio_all_the_way(place: str) -> None:
     """Against the exact ratio; at the teacher, also against the one from scores alone."""
     adversary, network = trained_heads(place, 0, start=START_LAW)

@@ -701,7 +701,8 @@ def learned_ratio(place: str, seed: int) -> list[tuple[float, float]]:
     return found
 
 
-@pytest.mark.parametrize("place", ["teacher", pytest.param("fake", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["teacher", "fake"])
 def test_trained_heads_know_the_ratio_of_two_mixtures(place: str) -> None:
     for correlation, slope in learned_ratio(place, seed=0):
         assert correlation > 0.93

@@ -53,6 +53,7 @@ def test_killed_at_random_moments_it_ends_as_if_nothing_had_happened(place: Path
         assert all(bool((x == y).all()) for x, y in zip(a, b, strict=True))
 
 
+@pytest.mark.slow
 def test_dropout_is_a_function_of_the_step(place: Path) -> None:
     """Resumed in the middle it goes on as without a stop; with another seed it does not."""
     network = {"channels": [8], "dropout": 0.3}
@@ -66,6 +67,7 @@ def test_dropout_is_a_function_of_the_step(place: Path) -> None:
     assert lines(place / "other") != lines(place / "whole")
 
 
+@pytest.mark.slow
 def test_a_truncated_checkpoint_is_passed_over_and_the_metrics_are_cut_to_it(place: Path) -> None:
     config = write_config(place, TRAIN)
     assert distill("train", "--config", config, "--run", "whole", cwd=place).code == 0

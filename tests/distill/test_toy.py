@@ -214,6 +214,7 @@ def test_a_toy_is_no_pipeline(tmp_path: Path) -> None:
     assert entries(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_another_toy_is_another_run(tmp_path: Path) -> None:
     config = write(tmp_path, LINE, steps=2)
     assert distill("train", "--config", config, cwd=tmp_path).code == 0

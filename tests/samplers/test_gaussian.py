@@ -334,6 +334,7 @@ def test_a_saved_gaussian_is_read_back_bit_for_bit(tmp_path, dtype) -> None:
     assert os.listdir(tmp_path) == [path.name]
 
 
+@pytest.mark.slow
 def test_another_process_reads_the_same_numbers(tmp_path) -> None:
     g, path = gaussian(), tmp_path / "stats.safetensors"
     g.save(path)

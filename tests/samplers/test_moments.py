@@ -180,6 +180,7 @@ def test_order_block_and_number_of_processes_do_not_matter(method, tolerance, cl
         assert other.count == 1500
 
 
+@pytest.mark.slow
 def test_processes_hand_over_their_states_in_files(tmp_path) -> None:
     x = data(400, dtype=torch.float32)
     code = (

@@ -50,6 +50,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_every_arm_is_made_once_and_costs_what_it_runs(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SETTINGS, "small", SMALL)
     arms = [Arm(arm.name, arm.target, updates=6, stage=4) for arm in ARMS]

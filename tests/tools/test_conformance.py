@@ -163,6 +163,7 @@ def of_three(x: Array, y: Array, z: Array) -> float:
     return 0.0
 
 
+@pytest.mark.slow
 def test_what_goes_wrong_elsewhere_is_told_apart() -> None:
     begin = time.monotonic()
     assert [o.verdict for o in check(f"{HERE}:hangs", ["d = 1"], time_limit=0.5)] == ["hung"]

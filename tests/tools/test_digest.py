@@ -139,6 +139,7 @@ for number in range(first, last):
 """
 
 
+@pytest.mark.slow
 def test_processes_that_share_a_cache_leave_it_whole(tmp_path: Path, settled) -> None:
     for number in range(60):
         (tmp_path / f"{number}.bin").write_bytes(bytes([number]))

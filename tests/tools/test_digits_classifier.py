@@ -55,6 +55,7 @@ def test_the_seed_decides_where_training_starts_and_what_it_sees(monkeypatch) ->
     assert not torch.equal(first_batches[0], first_batches[half])
 
 
+@pytest.mark.slow
 def test_the_command_makes_the_shipped_weights_again(tmp_path, capsys) -> None:
     threads = torch.get_num_threads()
     try:

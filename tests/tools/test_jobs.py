@@ -199,6 +199,7 @@ def test_what_is_wrong_with_the_last_job_is_found_before_the_first(
     assert not list((tmp_path / "out").rglob("*.safetensors"))
 
 
+@pytest.mark.slow
 def test_a_judgement_has_the_same_bits_on_any_number_of_threads(reference: Path, tmp_path: Path) -> None:
     """A launcher gives a process one thread, a shell gives it all: with 200 pixels their covariances differ."""
     pictures = {name: save_pictures(tmp_path / name, 400, k, (1, 14, 14)) for k, name in enumerate("ab")}
