@@ -125,18 +125,17 @@ def _trace_term(a: Tensor, b: Tensor, full: bool) -> float:
 
 def _eigenvalues(a: Tensor, b: Tensor, full: bool) -> Tensor:
     """Of A^T S A, with A the factor of the covariance of lower rank: the other way round costs half the digits."""
-    (outer, order), d = _factor(a, full), len(a)
-    if outer.shape[1] < d:
+    outer, order = _factor(a, full)
+    if not full:
         eigenvalues = torch.linalg.eigvalsh(_congruence(outer, b[order][:, order]))
-        if (
-            not len(eigenvalues) or eigenvalues.min() > LOST * eigenvalues.max()
-        ):  # b is of full rank where a is: it need not be factored
+        # Where none is lost, b has full rank where a has its own, and need not be factored.
+        if not len(eigenvalues) or eigenvalues.min() > LOST * eigenvalues.max():
             return eigenvalues
 
     other, other_order = _factor(b, may_be_full=True)
     if other.shape[1] < outer.shape[1]:
         outer, order, b = other, other_order, a
-    elif outer.shape[1] < d:
+    elif not full:
         return eigenvalues
     return torch.linalg.eigvalsh(_congruence(outer, b[order][:, order]))
 
