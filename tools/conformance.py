@@ -12,7 +12,6 @@ import inspect
 import math
 import multiprocessing
 import os
-import pickle
 import signal
 import sys
 import time
@@ -36,7 +35,7 @@ STARTING = 120.0  # seconds until the process is there and has imported the impl
 
 @dataclass(frozen=True)
 class Implementation:
-    """What is judged: a function of two sets of features, of two pairs of moments, or both. Pickled by name.
+    """What is judged: a function of two sets of features, of two pairs of moments, or both. Other processes import it by name.
 
     imports: modules that it needs, imported before the clock starts.
     """
@@ -80,11 +79,20 @@ def check(
     if not time_limit > 0:
         raise ValueError(f"time_limit: {time_limit} is not a number of seconds above 0")
     implementation = implementation_of(against) if isinstance(against, str) else against
-    try:
-        by_name = pickle.dumps(implementation)
-    except (pickle.PicklingError, AttributeError) as error:
-        raise ValueError(f"against: no other process can import this function ({error})") from error
-    return [_ask(by_name, case, time_limit) for case in (CASES if cases is None else cases)]
+    for function in (implementation.features, implementation.moments):
+        _check_importable(function)
+    return [_ask(implementation, case, time_limit) for case in (CASES if cases is None else cases)]
+
+
+def _check_importable(function: Callable | None) -> None:
+    """Raises ValueError for a function that another process cannot find by its name, as a lambda or a local one."""
+    if function is None:
+        return
+    found: Any = sys.modules.get(getattr(function, "__module__", ""))
+    for part in getattr(function, "__qualname__", "?").split("."):
+        found = getattr(found, part, None)
+    if found is not function:
+        raise ValueError(f"against: no other process can import this function ({function!r})")
 
 
 def implementation_of(name: str) -> Implementation:
@@ -116,8 +124,8 @@ def judge(problem: Problem, value: Any) -> tuple[str, float | None, float | None
     return ("negative" if value < 0 else "wrong"), value, error
 
 
-def _ask(implementation: bytes, case: str, time_limit: float) -> Outcome:
-    context = _processes(pickle.loads(implementation).imports)
+def _ask(implementation: Implementation, case: str, time_limit: float) -> Outcome:
+    context = _processes(implementation.imports)
     ours, theirs = context.Pipe()
     process = context.Process(target=_answer, args=(theirs, implementation, case), daemon=True)
     process.start()
@@ -149,11 +157,10 @@ def _processes(imports: Collection[str]) -> Any:
     return context
 
 
-def _answer(pipe: Connection, implementation: bytes, case: str) -> None:
+def _answer(pipe: Connection, judged: Implementation, case: str) -> None:
     silence = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):  # LAPACK and clean-fid print
         os.dup2(silence, stream)
-    judged = pickle.loads(implementation)
     for module in judged.imports:
         import_module(module)
     pipe.send("ready")
