@@ -17,9 +17,12 @@ from distill.sections import (
     Fraction,
     Logging,
     LogNormal,
+    Lora,
+    Memory,
     Network,
     Optimizer,
     Positive,
+    Prompts,
     Real,
     Scale,
     Section,
@@ -77,6 +80,8 @@ class Train(Section):
     discriminator: DiscriminatorChoice = DiscriminatorChoice()
     adversarial_weight: Scale = Field(0.0, description="of the generator term softplus(-ln r); 0 is none")
     real: Real = Real()
+    prompts: Prompts = Prompts()
+    memory: Memory = Memory()
     toy: Toy = Toy()
     steps: Count = Field(400, description="updates of the student")
     batch_size: Count = Field(128, description="samples per update, over all processes")
@@ -144,6 +149,10 @@ class Train(Section):
             teacher=self.teacher.model_copy(update={"guidance": 1.0}),
             toy=self.toy,
             sigma_init=self.student.sigma_init,
+            student_steps=self.student.steps,
+            lora=self.fake.lora,
+            prompts=self.prompts,
+            memory=self.memory,
             noise=self.fake.noise,
             sigma_min=self.noise.sigma_min,
             sigma_max=self.noise.sigma_max,
@@ -189,7 +198,11 @@ class FirstStage(Section):
     seed: Seed = Field(description="decides everything random")
     teacher: TeacherSource
     toy: Toy
-    sigma_init: Positive = Field(description="noise level of the student's input")
+    sigma_init: Positive | None = Field(description="noise level of the student's input; null is the stock pipeline's")
+    student_steps: Count = Field(1, description="of the first student")
+    lora: Lora = Field(Lora(), description="of the network that is degraded")
+    prompts: Prompts = Prompts()
+    memory: Memory = Memory()
     noise: LogNormal = Field(description="noise levels of the denoising loss")
     sigma_min: Positive | None = Field(description="lowest level; null is the teacher's")
     sigma_max: Positive | None = Field(description="highest level; null is the teacher's")

@@ -98,6 +98,10 @@ class Logging(Section):
     mismatch_every: Count | None = Field(
         None, description="for train: between measurements of the mismatch to target and teacher; null is none"
     )
+    keep_every: Count | None = Field(
+        None, description="for train: between averages of the weights that stay, for a separate job to evaluate"
+    )
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = Field((), description="where metrics go besides")
 
 
 class Toy(Section):
@@ -119,6 +123,16 @@ class TeacherSource(Section):
         None, description="a pipeline folder or a run of `distill teach`; null is a toy's exact denoiser"
     )
     guidance: Scale = Field(1.0, description="classifier-free guidance scale; 1 is none")
+    guidance_interval: tuple[Positive, Positive] | None = Field(
+        None, description="noise levels between which there is guidance; null is everywhere"
+    )
+    guidance_embedding: Scale = Field(3.5, description="the scale that a guidance-distilled network (Flux) is fed")
+    negative_prompt: str | None = Field(
+        None, description="what guidance leads away from; null is the pipeline's own idea of no prompt"
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="of the frozen networks; auto is that of accelerate's mixed precision"
+    )
 
     @model_validator(mode="after")
     def _path_fits_name(self) -> Self:
@@ -126,6 +140,11 @@ class TeacherSource(Section):
             raise ValueError("path: None does not go with name: pipeline (only a toy can do without)")
         if self.guidance != 1 and self.name != "pipeline":
             raise ValueError(f"guidance: {self.guidance}; a toy has no conditions to guide by")
+        if self.name != "pipeline" and self.dtype not in ("auto", "float32"):
+            raise ValueError(f"dtype: {self.dtype}; a toy is computed in float32")
+        low, high = self.guidance_interval or (0.0, 1.0)
+        if not low < high:
+            raise ValueError(f"guidance_interval: [{low}, {high}]; the first level must be below the second")
         return self
 
     @property
@@ -134,10 +153,51 @@ class TeacherSource(Section):
         return self.path is None
 
 
-class Student(Section):
-    """x = D_theta(sigma_init z, sigma_init), initialised from the teacher."""
+class Prompts(Section):
+    """What a model of words is trained under. With neither file, the prompts are those of the real data."""
 
-    sigma_init: Positive = Field(2.5, description="noise level of the student's input")
+    file: str | None = Field(None, description="prompts: .txt (one a line), .csv or .jsonl")
+    column: str = Field("caption", description="of a .csv or .jsonl: the column, the key")
+    encoded: str | None = Field(None, description="a folder of `distill encode`, with the prompts' embeddings")
+    height: Count | None = Field(None, description="of the pictures, in pixels; null is the pipeline's own")
+    width: Count | None = Field(None, description="as height")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if self.file is not None and self.encoded is not None:
+            raise ValueError(f"file, encoded: {self.file!r}, {self.encoded!r}; accepted is one of them")
+        return self
+
+
+class Lora(Section):
+    """Adapters of low rank (Hu et al. 2021) on the teacher's own weights, which are held once for all networks."""
+
+    rank: Count | None = Field(None, description="null is a full copy of the network")
+    alpha: Positive | None = Field(None, description="adapters are scaled by alpha / rank; null is the rank")
+    targets: tuple[str, ...] = Field(
+        (), description="ends of the names of the layers that are adapted; none is every linear layer of a block"
+    )
+
+
+class Memory(Section):
+    """What is held where, and for how long. None of it changes the result by more than rounding."""
+
+    checkpointing: bool = Field(False, description="compute activations again in the backward pass")
+    ema: Literal["device", "cpu"] = Field("device", description="where the average of the weights is kept")
+    accumulation: Count | None = Field(
+        None,
+        description="parts that a process computes its batch in, one after the other; null is the launcher's number",
+    )
+
+
+class Student(Section):
+    """x = D_theta(sigma_init z, sigma_init), initialised from the teacher; or several such steps, noised in between."""
+
+    sigma_init: Positive | None = Field(
+        2.5, description="noise level of the student's input; null is where the stock pipeline starts"
+    )
+    steps: Count = Field(1, description="network evaluations for a sample; several are trained by backward simulation")
+    lora: Lora = Lora()
     optimizer: Optimizer = Optimizer(lr=2e-4, betas=(0.0, 0.99))
     ema: Fraction = Field(0.99, description="decay of the average of the weights")
 
@@ -148,6 +208,7 @@ class Fake(Section):
     optimizer: Optimizer = Optimizer(lr=4e-4, betas=(0.0, 0.99))
     noise: LogNormal = LogNormal()
     steps: Count = Field(1, description="updates for each update of the student")
+    lora: Lora = Lora()
 
 
 class StudentNoise(Section):
