@@ -114,12 +114,7 @@ def image_files(path: str | Path, size: int, channels: int = 3) -> ImageFiles:
     some lie in class folders and some beside them; reading raises it, naming the file, when one cannot be read.
     """
     root = Path(path)
-    if not root.is_dir():
-        raise ValueError(f"data.path: {root} is not a folder of images")
-    files = tuple(sorted(f for f in root.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES and f.is_file()))
-    if not files:
-        raise ValueError(f"data.path: {root} has no images (looked for {', '.join(IMAGE_SUFFIXES)})")
-
+    files = found_images(root)
     parents = [f.relative_to(root).parts[0] if len(f.relative_to(root).parts) > 1 else None for f in files]
     if None in parents:
         if any(parents):
@@ -132,6 +127,16 @@ def image_files(path: str | Path, size: int, channels: int = 3) -> ImageFiles:
     label = {name: number for number, name in enumerate(classes)}
     labels = torch.tensor([label[p] for p in parents if p is not None])
     return ImageFiles(files, size, channels, labels, tuple(classes))
+
+
+def found_images(root: Path) -> tuple[Path, ...]:
+    """The files of images below a folder, in the order of their paths. Raises ValueError where there are none."""
+    if not root.is_dir():
+        raise ValueError(f"data.path: {root} is not a folder of images")
+    files = tuple(sorted(f for f in root.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES and f.is_file()))
+    if not files:
+        raise ValueError(f"data.path: {root} has no images (looked for {', '.join(IMAGE_SUFFIXES)})")
+    return files
 
 
 def _read(file: Path, size: int, channels: int) -> Tensor:

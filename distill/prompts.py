@@ -67,18 +67,6 @@ class PromptedPipeline:
         return decode(self.pipe, x).float()
 
 
-def read_prompts(path: Path) -> tuple[str, ...]:
-    """The prompts of a text file, one a line, UTF-8. Raises ValueError, naming the line, for an empty one."""
-    try:
-        text = path.read_text("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"prompts: {path} cannot be read as text in UTF-8 ({error})") from error
-    lines = [line.strip() for line in text.rstrip().split("\n")]
-    if not all(lines):
-        raise ValueError(f"prompts: {path} has no words in line {lines.index('') + 1}; needed is one prompt a line")
-    return tuple(lines)
-
-
 def prompt_schedule(scheduler: Any, steps: int) -> Tensor:
     """Noise levels [steps + 1] for a scheduler's network: Karras', or evenly in flow time with its shift."""
     coordinates = coordinates_of(scheduler)

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from distill import checkpoint
+from distill.captions import read_prompts
 from distill.config import Train
-from distill.prompts import PROMPTED, UNUSED, picture_shape, prompt_schedule, read_prompts
+from distill.prompts import PROMPTED, UNUSED, picture_shape, prompt_schedule
 from distill.run import read_record
 from distill.teacher import FACTS, SUPPORTED, pipeline_folder, read_facts
 from samplers import SOLVERS, Gaussian, karras_sigmas, nfe

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from distill.generate import load_generator
 from distill.noise import GENERATION
-from distill.prompts import read_prompts
 from distill.recipe import Sampling, read_recipe
 from samplers import SampleNoise, denoiser_from, euler, flow_sigmas, heun, karras_sigmas, sample, teleported
 from samplers.bound import Bound
@@ -154,11 +153,7 @@ def test_prompts_that_cannot_be_right_are_refused(saved: Path, tmp_path: Path) -
     refused(r"prompts: None; .*sd needs a text file of them", None)
     refused(r"prompts: .*dit has classes, and no use for words", b"a fox", "dit")
     refused(r"has no words in line 2; needed is one prompt a line", b"a fox\n \nred hill")
-    refused(r"has no words in line 1", b"")
-    refused(r"cannot be read as text in UTF-8", b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match=r"nowhere cannot be read"):
-        read_prompts(tmp_path / "nowhere")
-    assert read_prompts(saved / "words.txt") == WORDS
+    refused(r"words.txt is empty", b"")
 
 
 def test_parts_that_are_not_whole_or_not_of_the_libraries_are_named(tmp_path: Path) -> None:
