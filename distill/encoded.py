@@ -29,8 +29,8 @@ _BLOCK, _BLOCKS = 2**20, 16
 class Encoded:
     """Rows of latents and embeddings on disk.
 
-    facts: what the manifest says. Row k is image or prompt k; where `distill encode` was asked to flip, row n + k is the
-    mirror image of row k of n, with the same prompt and label.
+    facts: what the manifest says. Row k is image or prompt k; where `distill encode` was asked to flip, row n + k is
+    the mirror image of row k of n, with the same prompt and label.
     """
 
     def __init__(self, folder: Path, facts: dict[str, Any]) -> None:
@@ -104,13 +104,14 @@ class Encoded:
         return self._of("null" if self.negative_prompt is None else "negative")
 
     def rows(self, numbers: Sequence[int]) -> dict[str, Tensor]:
-        """Some rows, in their order: `latents` [B, c, h, w] and the embeddings [B, ...], on the CPU, as they are stored.
+        """Some rows, in their order, on the CPU as they are stored: `latents` [B, c, h, w], and embeddings [B, ...].
 
         Raises ValueError for a number out of range, and a shard that is damaged.
         """
         found = [self._row(int(number)) for number in numbers]
         if not found:
-            return {name: torch.empty(0, *self.facts["tensors"][name]) for name in (LATENTS, *self.embeddings)}
+            tensors = {name: shape for name, shape in self.facts["tensors"].items() if name != MIRRORED}
+            return {name: torch.empty(0, *shape) for name, shape in tensors.items()}
         return {name: torch.cat([row[name] for row in found]) for name in found[0]}
 
     def check(self, pipe_class: str, vae: Mapping[str, Any] | None, encoders: Mapping[str, str]) -> None:
@@ -126,8 +127,8 @@ class Encoded:
         for part in sorted(ours["encoders"].keys() & encoders.keys()) if self.embeddings else ():
             if ours["encoders"][part] != encoders[part]:
                 raise ValueError(
-                    f"encoded: {self.folder} was made by a {part} of SHA-256 {ours['encoders'][part][:16]}; that of the "
-                    f"teacher is {encoders[part][:16]}"
+                    f"encoded: {self.folder} was made by a {part} with the hash {ours['encoders'][part][:16]}; that of "
+                    f"the teacher has {encoders[part][:16]}"
                 )
 
     def verify(self) -> None:
@@ -150,8 +151,8 @@ class Encoded:
         if not any(theirs.get(dtype) == digest for dtype, digest in ours["sha256"].items()):
             told = [next(iter(hashes.values()), "none")[:16] for hashes in (ours["sha256"], theirs)]
             raise ValueError(
-                f"encoded: {self.folder} has latents of a VAE with weights of SHA-256 {told[0]}; those of the teacher's "
-                f"are {told[1]}"
+                f"encoded: {self.folder} has latents of a VAE with weights of SHA-256 {told[0]}; those of the "
+                f"teacher's are {told[1]}"
             )
 
     def _row(self, number: int) -> dict[str, Tensor]:

@@ -7,10 +7,9 @@ samples that a jump's cost is judged by are chosen by the seed before the first 
 import math
 import os
 import platform
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +25,7 @@ from distill.noise import JUDGED, LATENTS
 from distill.progress import Progress
 from distill.run import LIBRARIES
 from distill.sections import Data
+from distill.together import together
 from samplers import SampleNoise
 from samplers.bound import bound_of, kept_count
 from samplers.gaussian import Gaussian
@@ -33,7 +33,6 @@ from samplers.moments import Moments
 from samplers.pipelines import vae_facts
 
 Source = data.Images | data.ImageFiles
-T = TypeVar("T")
 
 
 def fit_gaussian(config: FitGaussian) -> Gaussian | None:
@@ -54,14 +53,14 @@ def fit_gaussian(config: FitGaussian) -> Gaussian | None:
         shown = -1
         for start in range(0, n, config.batch * processes):
             first = start + accelerator.process_index * config.batch
-            _together(fit.take, range(first, min(first + config.batch, n)), accelerator)
+            together(fit.take, range(first, min(first + config.batch, n)), accelerator)
             done = min(n, start + config.batch * processes)
             if 100 * done // n > shown:  # where there is no bar, a line for every hundredth
                 shown = 100 * done // n
                 progress(done)
 
     parts = gather_object([(fit.moments.state(), fit.kept)])
-    return _together(lambda parts: _finish(config, fit.facts(), parts), parts, accelerator, only_first=True)
+    return together(lambda parts: _finish(config, fit.facts(), parts), parts, accelerator, only_first=True)
 
 
 class Fit:
@@ -169,22 +168,6 @@ def _check_count(gaussian: Gaussian, tolerance: float) -> None:
             f"data: {gaussian.count} samples are too few for a Gaussian of {gaussian.dim} dimensions; about {needed} "
             f"are needed for a jump to sigma {sigma:.3g} within {tolerance:g} nats"
         )
-
-
-def _together(work: Callable[[Any], T], given: Any, accelerator: Accelerator, only_first: bool = False) -> T | None:
-    """work(given), on all processes or the first only; what goes wrong on one of them is raised on all."""
-    result, failure = None, None
-    try:
-        if accelerator.is_main_process or not only_first:
-            result = work(given)
-    except (ValueError, OSError) as error:
-        if accelerator.num_processes == 1:
-            raise
-        failure = str(error)
-    failures = [f for f in gather_object([failure]) if f is not None] if accelerator.num_processes > 1 else []
-    if failures:
-        raise ValueError(failures[0])
-    return result
 
 
 def _chosen(n: int, kept: int, seed: int, flip: bool) -> dict[int, bool]:

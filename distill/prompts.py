@@ -100,10 +100,10 @@ def _silent() -> Iterator[None]:
                 log.enable_progress_bar()
 
 
-def load_pipeline(folder: Path) -> Any:
-    """A pipeline from local safetensors, in float32, without the parts that are not used.
+def load_pipeline(folder: Path, without: Sequence[str] = (), text_dtype: torch.dtype = torch.float32) -> Any:
+    """A pipeline from local safetensors, in float32, without the parts that are not used, and those named `without`.
 
-    Raises ValueError, naming the part, for what cannot be read, or is not of diffusers or transformers.
+    text_dtype: of its text encoders. Raises ValueError, naming the part, for what cannot be read, or is not of diffusers or transformers.
     """
     import diffusers
 
@@ -113,11 +113,11 @@ def load_pipeline(folder: Path) -> Any:
         if not isinstance(part, list):
             continue
         library, kind = part
-        if name in UNUSED or library is None:
+        if name in UNUSED or name in without or library is None:
             parts[name] = None
         else:
             with _silent():
-                parts[name] = _part(folder / name, library, kind)
+                parts[name] = _part(folder / name, library, kind, text_dtype)
     with _silent(), _named(folder):
         pipe = getattr(diffusers, index["_class_name"]).from_pretrained(folder, local_files_only=True, **parts)
     pipe.set_progress_bar_config(disable=True)
@@ -135,7 +135,7 @@ def _named(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _part(folder: Path, library: str, name: str) -> Any:
+def _part(folder: Path, library: str, name: str, text_dtype: torch.dtype) -> Any:
     if library not in _LIBRARIES or find_spec(library) is None or not hasattr(import_module(library), name):
         raise ValueError(
             f"{folder}: is a {library}.{name}, which is not here; read are parts of {' and '.join(_LIBRARIES)}"
@@ -147,7 +147,7 @@ def _part(folder: Path, library: str, name: str) -> Any:
             return kind.from_pretrained(folder, local_files_only=True)
     if library == "diffusers":
         return read_model(folder, kind, torch.float32).requires_grad_(False).eval()
-    options = {"use_safetensors": True, "output_loading_info": True, "torch_dtype": torch.float32}
+    options = {"use_safetensors": True, "output_loading_info": True, "torch_dtype": text_dtype}
     with _named(folder):
         model, loaded = kind.from_pretrained(folder, local_files_only=True, **options)
     wrong = [*loaded["missing_keys"], *loaded["mismatched_keys"]]
