@@ -1,4 +1,4 @@
-"""Work that the processes of a launch share, step by step: what goes wrong on one of them is said once, and ends all."""
+"""Work that the processes of a launch share step by step: what goes wrong on one of them is said once, and ends all."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
