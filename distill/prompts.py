@@ -103,8 +103,8 @@ def _silent() -> Iterator[None]:
 def load_pipeline(folder: Path, without: Sequence[str] = (), text_dtype: torch.dtype = torch.float32) -> Any:
     """A pipeline from local safetensors, in float32, without the parts that are not used, and those named `without`.
 
-    text_dtype: of its text encoders. Raises ValueError, naming the part, for what cannot be read, or is not of diffusers
-    or transformers.
+    text_dtype: of its text encoders. Raises ValueError, naming the part, for what cannot be read, or is not of
+    diffusers or transformers.
     """
     import diffusers
 
