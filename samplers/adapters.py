@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from samplers.denoiser import expand
+from samplers.network_call import predict
 
 if TYPE_CHECKING:
     from samplers.targets import Conditioned
@@ -27,11 +28,17 @@ class Coefficients(NamedTuple):
 
 
 class Coordinates(Protocol):
-    """What a network was trained on, as a function of sigma in [sigma_min, sigma_max] (finite, positive)."""
+    """What a network was trained on, as a function of sigma in [sigma_min, sigma_max] (finite, positive).
+
+    sigma_limit: the highest level that can be asked: sigma_max, or where stock pipelines start beyond it.
+    """
 
     sigma_min: float
     sigma_max: float
     sigma_data: float
+
+    @property
+    def sigma_limit(self) -> float: ...
 
     def __call__(self, sigma: Tensor) -> Coefficients: ...
 
@@ -44,8 +51,8 @@ class NetworkDenoiser(nn.Module):
     cond: None, a tensor of class labels [B], or a dict of keyword arguments for the network's forward.
     The network runs in its own dtype; the state and the coefficients do not leave x's. A network with twice the
     channels of its input (learned variance: Nichol & Dhariwal 2021, DiT) has its first half read.
-    Publishes sigma_min, sigma_max and sigma_data. Raises ValueError for a sigma outside [sigma_min, sigma_max] that
-    lies on the CPU; on another device, where a look would cost a synchronisation, the result is NaN.
+    Publishes sigma_min, sigma_max, sigma_limit and sigma_data. Raises ValueError for a sigma outside [sigma_min,
+    sigma_limit] that lies on the CPU; on another device, where a look would cost a synchronisation, the result is NaN.
     """
 
     def __init__(self, network: nn.Module, coordinates: Coordinates) -> None:
@@ -53,19 +60,15 @@ class NetworkDenoiser(nn.Module):
         self.network = network
         self.coordinates = coordinates
         self.sigma_min, self.sigma_max = coordinates.sigma_min, coordinates.sigma_max
-        self.sigma_data = coordinates.sigma_data
+        self.sigma_data, self.sigma_limit = coordinates.sigma_data, coordinates.sigma_limit
 
     def forward(self, x: Tensor, sigma: Tensor, cond: Any = None) -> Tensor:
         inner, skip, out, timestep = self.coordinates(self._in_range(sigma.double()))
-        arguments = {} if cond is None else cond if isinstance(cond, dict) else {"class_labels": cond}
-
         dtype = next(self.network.parameters()).dtype
-        prediction = self.network(
-            (expand(inner, x) * x).to(dtype),
-            timestep=timestep.to(x.device, torch.float32).expand(len(x)),
-            return_dict=False,
-            **arguments,
-        )[0].to(x.dtype)
+        arguments = {} if cond is None else _cast(cond, dtype) if isinstance(cond, dict) else {"class_labels": cond}
+        scaled = (expand(inner, x) * x).to(dtype)
+        timesteps = timestep.to(x.device, torch.float32).expand(len(x))
+        prediction = predict(self.network, scaled, timesteps, arguments).to(x.dtype)
         if prediction.shape[1] == 2 * x.shape[1]:
             prediction = prediction.chunk(2, dim=1)[0]
         return expand(skip, x) * x + expand(out, x) * prediction
@@ -76,14 +79,26 @@ class NetworkDenoiser(nn.Module):
 
     def _in_range(self, sigma: Tensor) -> Tensor:
         # A float32 copy of a bound may lie a rounding error outside it.
-        low, high = self.sigma_min * (1 - 1e-6), self.sigma_max * (1 + 1e-6)
+        low, high = self.sigma_min * (1 - 1e-6), self.sigma_limit * (1 + 1e-6)
         inside = (sigma >= low) & (sigma <= high)
         if sigma.device.type == "cpu" and not bool(inside.all()):
             worst = float(sigma[~inside].flatten()[0])
             raise ValueError(
-                f"sigma: {worst:.6g} is outside the network's range [{self.sigma_min:.6g}, {self.sigma_max:.6g}]"
+                f"sigma: {worst:.6g} is outside the network's range [{self.sigma_min:.6g}, {self.sigma_limit:.6g}]"
             )
         return torch.where(inside, sigma, torch.nan)
+
+
+def _cast(arguments: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """Arguments of a network with their floating-point tensors, at any depth of dicts, in its dtype."""
+    return {
+        key: _cast(value, dtype)
+        if isinstance(value, dict)
+        else value.to(dtype)
+        if isinstance(value, Tensor) and value.is_floating_point()
+        else value
+        for key, value in arguments.items()
+    }
 
 
 class EDM:
@@ -102,6 +117,7 @@ class EDM:
         sign: float,
     ) -> None:
         self.sigma_data, self.sigma_min, self.sigma_max = sigma_data, sigma_min, sigma_max
+        self.sigma_limit = sigma_max
         self._boundary, self._scale, self._sign = boundary, scale, sign
 
     def __call__(self, sigma: Tensor) -> Coefficients:
@@ -132,6 +148,7 @@ class VariancePreserving:
         self._tables = {log_sigmas.device: log_sigmas}  # one for each device, so that no step copies it
         self._prediction_type = prediction_type
         self.sigma_min, self.sigma_max = (math.exp(float(end)) for end in (log_sigmas[0], log_sigmas[-1]))
+        self.sigma_limit = self.sigma_max
 
     def __call__(self, sigma: Tensor) -> Coefficients:
         inner = (1 + sigma**2).rsqrt()
@@ -179,9 +196,11 @@ class FlowMatching:
     """A velocity v = eps - x0 at flow time t = sigma / (1 + sigma), fed (1 - t) x and t T (Lipman et al. 2023).
 
     t = 1 is sigma = infinity; sigma_max is at t = 1 - 1/(10 T), which costs at most E|x0|^2 / (2 (10 T - 1)^2) nats.
+    Stock pipelines start at t = 1, which sigma_limit is in float32.
     """
 
     sigma_data = 1.0
+    sigma_limit = 1e8
 
     def __init__(self, num_train_timesteps: int) -> None:
         self._timesteps = num_train_timesteps

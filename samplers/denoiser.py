@@ -37,11 +37,15 @@ class Guided:
 
     scale: 1 is the conditional denoiser (and runs only that), 0 the unconditional one.
     uncond: the condition that stands for "none": like `cond`, with B rows or one row for all.
+    interval: the noise levels [low, high] that are guided, the scale being 1 elsewhere (Kynkaanniemi et al. 2024);
+    None is all. Where one sigma on the CPU lies outside, only the conditional prediction is computed.
     Publishes sigma_min and sigma_max where the denoiser does.
     """
 
-    def __init__(self, denoiser: Denoiser, scale: float, uncond: Any) -> None:
-        self.denoiser, self.scale, self.uncond = denoiser, scale, uncond
+    def __init__(
+        self, denoiser: Denoiser, scale: float, uncond: Any, interval: tuple[float, float] | None = None
+    ) -> None:
+        self.denoiser, self.scale, self.uncond, self.interval = denoiser, scale, uncond, interval
         for name in ("sigma_min", "sigma_max"):
             if hasattr(denoiser, name):
                 setattr(self, name, getattr(denoiser, name))
@@ -57,8 +61,16 @@ class Guided:
     def __call__(self, x: Tensor, sigma: Tensor, cond: Any = None) -> Tensor:
         if self.scale == 1:
             return self.denoiser(x, sigma, cond)
+        if self.interval is None:
+            denoised, denoised_uncond = self.pair(x, sigma, cond)
+            return torch.lerp(denoised_uncond, denoised, self.scale)
+        low, high = self.interval
+        inside = (sigma >= low) & (sigma <= high)
+        if inside.device.type == "cpu" and not bool(inside.any()):
+            return self.denoiser(x, sigma, cond)
         denoised, denoised_uncond = self.pair(x, sigma, cond)
-        return torch.lerp(denoised_uncond, denoised, self.scale)
+        scale = torch.where(inside, self.scale, 1.0)
+        return torch.lerp(denoised_uncond, denoised, expand(scale, x))
 
 
 def join_conditions(conds: Sequence[Any], batch: int) -> Any:

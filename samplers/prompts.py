@@ -12,25 +12,34 @@ import torch
 from torch import Tensor
 
 from samplers.adapters import NetworkDenoiser, coordinates_of
+from samplers.network_call import is_packed, state_channels
 from samplers.targets import Conditioned
 
 Prompt = str | int | Mapping[str, Tensor] | None
 
-_EMBEDS, _POOLED = "prompt_embeds", "pooled_prompt_embeds"
+_EMBEDS, _POOLED, _MASK = "prompt_embeds", "pooled_prompt_embeds", "prompt_attention_mask"
+GUIDANCE_EMBEDDING = 3.5  # what a pipeline of Flux feeds a guidance-distilled network
 
 
 class Kind(NamedTuple):
-    """What a kind of pipeline has: its network, and the embeddings of a prompt (none: classes, or no condition)."""
+    """What a kind of pipeline has: its network, and the embeddings of a prompt (none: classes, or no condition).
+
+    shifted: its latents are decoded from z = latents / scaling_factor + shift_factor; elsewhere without the shift.
+    """
 
     network: str
     embeddings: tuple[str, ...] = ()
+    shifted: bool = False
 
 
 PIPELINES = {
     "DDIMPipeline": Kind("unet"),
     "DDPMPipeline": Kind("unet"),
     "DiTPipeline": Kind("transformer"),
-    "StableDiffusion3Pipeline": Kind("transformer", (_EMBEDS, _POOLED)),
+    "FluxPipeline": Kind("transformer", (_EMBEDS, _POOLED), shifted=True),
+    "PixArtAlphaPipeline": Kind("transformer", (_EMBEDS, _MASK)),
+    "PixArtSigmaPipeline": Kind("transformer", (_EMBEDS, _MASK)),
+    "StableDiffusion3Pipeline": Kind("transformer", (_EMBEDS, _POOLED), shifted=True),
     "StableDiffusionPipeline": Kind("unet", (_EMBEDS,)),
     "StableDiffusionXLPipeline": Kind("unet", (_EMBEDS, _POOLED)),
 }
@@ -52,18 +61,49 @@ def prompted(pipe: Any, prompt: Prompt = None, *, height: int | None = None, wid
         )
     if not kind.embeddings:
         return Conditioned(_denoiser(pipe, network), _label(name, network, prompt))
-    found = {
-        key: value.to(device=pipe._execution_device, dtype=network.dtype) for key, value in _embed(pipe, prompt).items()
-    }
-    cond: dict[str, Any] = {"encoder_hidden_states": found[_EMBEDS]}
+    return Conditioned(_denoiser(pipe, network), condition(pipe, embed(pipe, prompt), height=height, width=width))
+
+
+def condition(
+    pipe: Any,
+    embeddings: Mapping[str, Tensor],
+    *,
+    height: int | None = None,
+    width: int | None = None,
+    guidance_embedding: float = GUIDANCE_EMBEDDING,
+) -> dict[str, Any]:
+    """What a pipeline's network is given for the embeddings of B prompts, by the names of the pipeline's arguments.
+
+    prompt_embeds [B, L, C], pooled_prompt_embeds [B, C], prompt_attention_mask [B, L]; the result is on the pipeline's
+    device. guidance_embedding: what a guidance-distilled network (Flux) is fed.
+    """
+    name, kind = _kind(pipe)
+    network = getattr(pipe, kind.network)
+    found = {key: value.to(pipe._execution_device, non_blocking=True) for key, value in embeddings.items()}
+    texts = found[_EMBEDS]
+    cond: dict[str, Any] = {"encoder_hidden_states": texts}
     if name == "StableDiffusionXLPipeline":
         size = _pixels(pipe, height, width)
         # original size, corner of the crop, size of the target: what its call defaults to
-        ids = torch.tensor([[*size, 0, 0, *size]]).to(found[_EMBEDS])
+        ids = _rows([*size, 0, 0, *size], texts)
         cond["added_cond_kwargs"] = {"text_embeds": found[_POOLED], "time_ids": ids}
+    elif name.startswith("PixArt"):
+        cond["encoder_attention_mask"] = found[_MASK]
+        sizes: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
+        if network.use_additional_conditions:
+            h, w = _pixels(pipe, height, width)
+            sizes = {"resolution": _rows([h, w], texts), "aspect_ratio": _rows([h / w], texts)}
+        cond["added_cond_kwargs"] = sizes
     elif _POOLED in found:
         cond["pooled_projections"] = found[_POOLED]
-    return Conditioned(_denoiser(pipe, network), cond)
+    if network.config.get("guidance_embeds"):
+        cond["guidance"] = _rows([guidance_embedding], texts).float()[:, 0]
+    return cond
+
+
+def _rows(values: list[Any], like: Tensor) -> Tensor:
+    """The same values for each of B prompts, [B, n]; made where they are needed, so that nothing waits for a copy."""
+    return torch.stack([like.new_full((len(like),), value) for value in values], 1)
 
 
 def latent_shape(pipe: Any, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
@@ -75,7 +115,7 @@ def latent_shape(pipe: Any, height: int | None = None, width: int | None = None)
     network = getattr(pipe, kind.network)
     if kind.embeddings:
         h, w = (v // pipe.vae_scale_factor for v in _pixels(pipe, height, width))
-        return network.config.in_channels, h, w
+        return state_channels(network), h, w
     h, w = _pair(network.config.sample_size)
     factor = 2 ** (len(pipe.vae.config.block_out_channels) - 1) if getattr(pipe, "vae", None) is not None else 1
     if (height or h * factor, width or w * factor) != (h * factor, w * factor):
@@ -89,7 +129,7 @@ def decode(pipe: Any, x: Tensor) -> Tensor:
 
     As the pipeline decodes: by its VAE with its scaling, in the VAE's precision. Nothing is clamped.
     """
-    name, _ = _kind(pipe)
+    name, kind = _kind(pipe)
     vae = getattr(pipe, "vae", None)
     if vae is None:
         return x
@@ -102,7 +142,7 @@ def decode(pipe: Any, x: Tensor) -> Tensor:
         latents = latents * std / config.scaling_factor + mean
     else:
         latents = latents / config.scaling_factor
-    if name == "StableDiffusion3Pipeline":
+    if kind.shifted:
         latents = latents + config.shift_factor
     if not overflows:
         return vae.decode(latents, return_dict=False)[0]
@@ -149,8 +189,11 @@ def _label(name: str, network: Any, prompt: Prompt) -> Tensor | None:
 
 
 @torch.no_grad()
-def _embed(pipe: Any, prompt: Prompt) -> dict[str, Tensor]:
-    """The embeddings of a prompt, each [1, ...]."""
+def embed(pipe: Any, prompt: Prompt) -> dict[str, Tensor]:
+    """The embeddings of a prompt, each [1, ...], by the names of the pipeline's arguments.
+
+    None or "" is what the pipeline guides away from. Raises ValueError as `prompted`.
+    """
     name, kind = _kind(pipe)
     if isinstance(prompt, Mapping):
         if prompt.keys() != set(kind.embeddings) or any(len(v) != 1 for v in prompt.values()):
@@ -163,22 +206,27 @@ def _embed(pipe: Any, prompt: Prompt) -> dict[str, Tensor]:
         raise ValueError(f"prompt: this {name} has no text encoder; give {' and '.join(kind.embeddings)}, by name")
 
     encode: Callable[..., tuple[Tensor, ...]] = pipe.encode_prompt
+    device, words = pipe._execution_device, prompt or ""
+    if name == "FluxPipeline":
+        return dict(zip(kind.embeddings, encode(words, None, device=device)[:2], strict=True))
     if name == "StableDiffusionPipeline":
-        answers = encode(prompt or "", pipe._execution_device, 1, True)
-    elif name == "StableDiffusionXLPipeline":
-        answers = encode(prompt or "", device=pipe._execution_device, do_classifier_free_guidance=True)
+        answers = encode(words, device, 1, True)
+    elif name in ("StableDiffusionXLPipeline", "PixArtAlphaPipeline", "PixArtSigmaPipeline"):
+        answers = encode(words, device=device, do_classifier_free_guidance=True)
     else:
-        answers = encode(prompt or "", None, None, device=pipe._execution_device, do_classifier_free_guidance=True)
-    # conditional and negative in turn; the negative one is the pipeline's own idea of no prompt
-    chosen = answers[::2] if prompt else answers[1::2]
+        answers = encode(words, None, None, device=device, do_classifier_free_guidance=True)
+    if name.startswith("PixArt"):  # both of the prompt, then both of the negative one
+        chosen = answers[:2] if prompt else answers[2:]
+    else:  # conditional and negative in turn; the negative one is the pipeline's own idea of no prompt
+        chosen = answers[::2] if prompt else answers[1::2]
     return dict(zip(kind.embeddings, chosen, strict=True))
 
 
 def _pixels(pipe: Any, height: int | None, width: int | None) -> tuple[int, int]:
     """A picture's height and width. Raises ValueError for what is no multiple of the pipeline's."""
     network = getattr(pipe, _kind(pipe)[1].network)
-    own = [v * pipe.vae_scale_factor for v in _pair(network.config.sample_size)]
-    unit = pipe.vae_scale_factor * (network.config.get("patch_size") or 1)
+    own = [v * pipe.vae_scale_factor for v in _pair(network.config.get("sample_size") or pipe.default_sample_size)]
+    unit = pipe.vae_scale_factor * (2 if is_packed(network) else network.config.get("patch_size") or 1)
     size = height or own[0], width or own[1]
     if any(v % unit or v < unit for v in size):
         raise ValueError(f"height, width: {size[0]}, {size[1]}; accepted are multiples of {unit}")

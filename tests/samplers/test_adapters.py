@@ -526,9 +526,9 @@ def test_round_sigma_is_the_nearest_training_level() -> None:
 def test_the_range_is_closed_and_everything_outside_raises(scheduler) -> None:
     denoiser = denoiser_from(unet(torch.float32), scheduler)
     x = noise().float()
-    for end in (denoiser.sigma_min, denoiser.sigma_max):
+    for end in (denoiser.sigma_min, denoiser.sigma_max, denoiser.sigma_limit):
         assert denoiser(x, torch.tensor(end)).isfinite().all()  # as a float32, perhaps just outside
-    for bad in (denoiser.sigma_min * 0.999, denoiser.sigma_max * 1.001, 0.0, -1.0, math.inf, math.nan):
+    for bad in (denoiser.sigma_min * 0.999, denoiser.sigma_limit * 1.001, 0.0, -1.0, math.inf, math.nan):
         with pytest.raises(ValueError, match="range"):
             denoiser(x, torch.tensor([denoiser.sigma_max, bad]))
     with pytest.raises(ValueError, match="sigma"):

@@ -6,7 +6,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler
+from diffusers import CMStochasticIterativeScheduler, ConsistencyModelPipeline, DDPMPipeline, DDPMScheduler
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -276,7 +276,9 @@ def test_decoding_in_half_precision_and_with_moments() -> None:
 
 
 def test_what_cannot_be_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="FluxPipeline is not supported; supported are DDIMPipeline"):
+    with pytest.raises(ValueError, match="ConsistencyModelPipeline is not supported; supported are DDIMPipeline"):
+        denoiser_from(ConsistencyModelPipeline(unet(torch.float32), CMStochasticIterativeScheduler()))
+    with pytest.raises(ValueError, match="FluxPipeline has no text encoder; give prompt_embeds and pooled_prompt_emb"):
         denoiser_from(flux(), "a red fox")
     with pytest.raises(ValueError, match="this DDIMPipeline has no condition; accepted is None"):
         denoiser_from(ddim(), "a red fox")
