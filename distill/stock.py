@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from samplers.adapters import Coordinates, FlowMatching, VariancePreserving
-from samplers.prompts import PIPELINES
+from samplers.prompts import GUIDANCE_EMBEDDING, PIPELINES
 
 CONSISTENCY = "CMStochasticIterativeScheduler"
 PIXELS = "ConsistencyModelPipeline"  # what runs a UNet2DModel, with and without classes, under any scheduler here
@@ -78,8 +78,8 @@ def student_steps(
     kind = PIPELINES.get(pipeline_class)
     if kind is None or (kind.network == "unet" and not kind.embeddings):
         pipeline_class = PIXELS
-    else:
-        call["guidance_scale"] = 1.0  # every pipeline of latents guides by default
+    else:  # every pipeline of latents guides by default; where the scale is embedded, the network needs one
+        call["guidance_scale"] = GUIDANCE_EMBEDDING if network_config.get("guidance_embeds") else 1.0
     if pipeline_class.startswith("PixArt") and network_config.get("sample_size") not in _BINNED:
         call["use_resolution_binning"] = False
 
