@@ -263,3 +263,11 @@ def save(name: str, folder: Path) -> Path:
     with warnings.catch_warnings(action="ignore"):
         pipe.save_pretrained(folder, safe_serialization=True)
     return folder
+
+
+def conditions(name: str) -> dict[str, Any]:
+    """What the stock call of a family is given for two samples."""
+    if name in PROMPTED:
+        return {"prompt": list(PROMPTS)}
+    labels = {"class_labels": [3, LABELS[name] - 1]} if name in LABELS else {}
+    return labels if name == "dit" else labels | {"batch_size": 2}

@@ -84,7 +84,7 @@ def _one_step(pipe: Any, settings: dict[str, Any]) -> tuple[Any, dict[str, Any]]
         pipe.scheduler = type(pipe.scheduler).from_config(config, **settings)
         return pipe, {}
     if timestep is None:
-        settings = {"timestep_spacing": "trailing", "set_alpha_to_one": True, "steps_offset": 1, "clip_sample": False}
+        settings = {"timestep_spacing": "trailing", "set_alpha_to_one": True, "clip_sample": False}
         pipe.scheduler = diffusers.DDIMScheduler.from_config(config, **settings)
         return pipe, {}
     scheduler = diffusers.DDPMScheduler.from_config(config, variance_type="fixed_small", clip_sample=False)
@@ -108,6 +108,9 @@ def _work(job: dict[str, Any]) -> None:
     torch.manual_seed(job["seed"])  # DiT's scheduler is not given the generator
     generator = torch.Generator().manual_seed(job["seed"])
     made = pipe(generator=generator, **{"output_type": "np", "num_inference_steps": 1} | job["call"] | more).images
+    if job["call"].get("output_type") == "latent" and hasattr(pipe, "_unpack_latents"):  # Flux's are a sequence
+        size = (job["call"][side] for side in ("height", "width"))
+        made = pipe._unpack_latents(made, *size, pipe.vae_scale_factor)
     np.save(job["out"], made if isinstance(made, np.ndarray) else made.detach().numpy())
 
 

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -19,16 +18,6 @@ def foreign() -> Iterator[Foreign]:
     program.end()
 
 
-def conditions(name: str) -> dict[str, Any]:
-    """Two samples' worth of what a family is conditioned on, as arguments of its stock call."""
-    if name in families.PROMPTED:
-        return {"prompt": list(families.PROMPTS)}
-    if name in families.LABELS:
-        labels = [3, families.LABELS[name] - 1]
-        return {"class_labels": labels} | ({} if name == "dit" else {"batch_size": 2})
-    return {"batch_size": 2}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", families.FAMILIES)
 def test_a_stock_pipeline_makes_pictures_of_a_family(name: str, tmp_path: Path, foreign: Foreign) -> None:
@@ -37,7 +26,7 @@ def test_a_stock_pipeline_makes_pictures_of_a_family(name: str, tmp_path: Path, 
     assert sum(file.stat().st_size for file in files) < 200_000
     assert not [file for file in files if file.suffix in (".bin", ".pt", ".ckpt", ".pkl", ".model")]
 
-    call = conditions(name) | families.CALL.get(name, {}) | {"num_inference_steps": 2}
+    call = families.conditions(name) | families.CALL.get(name, {}) | {"num_inference_steps": 2}
     made = foreign.pictures(folder, call, load=families.LOAD.get(name))
     size = 16 if (folder / "vae").is_dir() else 8
     assert made.shape == (2, size, size, 3)
