@@ -49,15 +49,17 @@ def measure(
     backward: bool,
     checkpointing: bool = False,
     autocast: torch.dtype | None = None,
+    fused: bool = True,
     inputs: Iterable[Tensor] = (),
 ) -> Pass:
     """What `call`, a pass of a diffusers network on the meta device, needs; with its backward pass if asked.
 
     checkpointing: blocks keep what they were given, and are computed again. autocast: the dtype of the launch's mixed
-    precision; None is none. inputs: what is held anyway.
+    precision; None is none. fused: attention by a kernel that keeps no table, which cannot be differentiated twice.
+    inputs: what is held anyway.
     """
     live = _Live([*network.parameters(), *network.buffers(), *inputs])
-    kernels = _Kernels(autocast)
+    kernels = _Kernels(autocast, fused)
     if checkpointing:
         network.enable_gradient_checkpointing(
             partial(checkpoint, use_reentrant=False, context_fn=lambda: (nullcontext(), kernels))
@@ -114,8 +116,9 @@ class _Live(TorchDispatchMode):
 class _Kernels(TorchFunctionMode):
     """Calls as an accelerator runs them: fused attention, and the dtypes of autocast."""
 
-    def __init__(self, autocast: torch.dtype | None) -> None:
+    def __init__(self, autocast: torch.dtype | None, fused: bool) -> None:
         super().__init__()
+        self._fused = fused
         self._autocast, self._casts, self._again = autocast, dict[int, Tensor](), False
 
     def forget(self) -> None:
@@ -130,7 +133,7 @@ class _Kernels(TorchFunctionMode):
             args, kwargs = tree_map_only(Tensor, self._cast, (args, kwargs))
         elif self._autocast is not None and name in _FULL:
             args, kwargs = tree_map_only(Tensor, _full, (args, kwargs))
-        if name == "scaled_dot_product_attention":
+        if name == "scaled_dot_product_attention" and self._fused:
             query, key, value = [*args[:3], *(kwargs[part] for part in _ATTENTION[len(args) :])]
             return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
         return func(*args, **kwargs)
