@@ -19,6 +19,7 @@ from distill.adversary import Adversary, FakeHeads, ScoreOnly, TeacherHeads
 from distill.card import teacher_card
 from distill.discriminator import Discriminator
 from distill.export import save_pipeline, teacher_scheduler
+from distill.folders import FACTS, pipeline_folder
 from distill.noise import Share, check_log_normal, karras_level, log_normal_level
 from distill.optim import learning_rate, prepare, student_rate
 from distill.pretrain import Pretrainer, build_unet
@@ -29,7 +30,6 @@ from distill.student import OneStep
 from distill.subject import Subject, checked_subject, preview_start, sampled, toy_preview
 from distill.taps import Tap
 from distill.targets import Backtracking
-from distill.teacher import FACTS, pipeline_folder
 from distill.trainer import Trainer, by_distance, by_level, unweighted
 from distill.weights import RatioWeight
 from samplers import NetworkDenoiser, SampleNoise, denoiser_from

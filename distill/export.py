@@ -14,8 +14,8 @@ from torch import nn
 from distill import checkpoint
 from distill.card import student_card
 from distill.config import Train
+from distill.folders import FACTS, read_facts
 from distill.run import read_record
-from distill.teacher import FACTS, read_facts
 from samplers.atomic import atomic_folder
 
 EXPORTABLE = "CMStochasticIterativeScheduler"

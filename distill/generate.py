@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from distill.export import load_student_network
+from distill.folders import load_pipeline
 from distill.noise import GENERATION
-from distill.prompts import PromptedPipeline, load_pipeline
+from distill.prompts import PromptedPipeline
 from distill.recipe import LANDING, Recipe, Sampling, gaussian_of, read_recipe
 from distill.student import OneStep
 from distill.teacher import Teacher

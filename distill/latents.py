@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill.teacher import pipeline_folder, read_model
+from distill.folders import pipeline_folder, read_model
 from samplers import SampleNoise
 
 _UNSHIFTED = ("StableDiffusion", "DiT", "PixArt")  # the pipelines of these names decode without a shift ...

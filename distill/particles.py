@@ -15,10 +15,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from distill.folders import pipeline_folder
 from distill.generate import usable_device
 from distill.noise import PARTICLES
 from distill.sections import TargetName
-from distill.teacher import Teacher, pipeline_folder
+from distill.teacher import Teacher
 from samplers import (
     Conditioned,
     Corrector,

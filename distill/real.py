@@ -18,11 +18,11 @@ from torch import Tensor
 
 from distill import checkpoint
 from distill.data import Images
+from distill.folders import FACTS, pipeline_folder
 from distill.generate import ImageGenerator, load_generator
 from distill.noise import TEACHER_SAMPLES
 from distill.progress import Progress
 from distill.sections import Real, TeacherSource
-from distill.teacher import FACTS, pipeline_folder
 from samplers import GaussianMixture, SampleNoise
 from samplers.atomic import atomic_write
 

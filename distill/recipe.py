@@ -17,9 +17,9 @@ from torch import Tensor
 from distill import checkpoint
 from distill.captions import read_prompts
 from distill.config import Train
-from distill.prompts import PROMPTED, UNUSED, picture_shape, prompt_schedule
+from distill.folders import FACTS, SUPPORTED, UNUSED, pipeline_folder, read_facts
+from distill.prompts import PROMPTED, picture_shape, prompt_schedule
 from distill.run import read_record
-from distill.teacher import FACTS, SUPPORTED, pipeline_folder, read_facts
 from samplers import SOLVERS, Gaussian, karras_sigmas, nfe
 from samplers.adapters import coordinates_of
 from samplers.schedules import restarted

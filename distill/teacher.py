@@ -1,29 +1,75 @@
-"""The model that is distilled: a diffusers pipeline folder as one frozen denoiser, with what it is conditioned on."""
+"""The model that is distilled: a diffusers pipeline as one frozen denoiser, with its conditions and its latents."""
 
 import copy
-import json
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
 
-from samplers import Denoiser, Guided, NetworkDenoiser, SampleNoise, denoiser_from
+from distill.folders import FACTS, index_of, load_pipeline, pipeline_folder, read_facts, read_pipeline
+from samplers import Denoiser, Guided, NetworkDenoiser, SampleNoise, decode, denoiser_from, latent_shape
+from samplers.prompts import GUIDANCE_EMBEDDING, PIPELINES, condition, denoiser_of, embed
 
-FACTS = "distill.json"  # beside model_index.json: what a diffusers folder has no place for
-SUPPORTED = ("UNet2DModel",)
+DECODED = 8  # latents that a VAE decodes at once, each by itself
+TEXT_PARTS = tuple(f"{part}{k}" for part in ("text_encoder", "tokenizer") for k in ("", "_2", "_3"))
+
+
+class Embeddings(Protocol):
+    """Rows of prompts' embeddings, as `distill.encoded.Encoded` reads them from disk."""
+
+    def __len__(self) -> int: ...
+
+    def rows(self, numbers: Sequence[int]) -> Mapping[str, Tensor]: ...
+
+
+class Prompted(dict[str, Any]):
+    """What a network is given for a batch of prompts, and which ones those are: their numbers, [B], on the CPU."""
+
+    numbers: Tensor
+
+
+@dataclass(frozen=True)
+class Words:
+    """How a pipeline's network is told of words.
+
+    null: the embeddings, each of one row, of what guidance leads away from. height, width: of the pictures, in pixels;
+    None is the pipeline's own. guidance_embedding: what a guidance-distilled network is fed. prompts: those that
+    batches are drawn from, None where there are none to draw.
+    """
+
+    pipe: Any
+    null: Mapping[str, Tensor]
+    height: int | None = None
+    width: int | None = None
+    guidance_embedding: float = GUIDANCE_EMBEDDING
+    prompts: Embeddings | None = None
+
+    def condition(self, embeddings: Mapping[str, Tensor]) -> dict[str, Any]:
+        """The network's arguments for the embeddings of B prompts, on the pipeline's device."""
+        tensors = {name: value for name, value in embeddings.items() if name in self.null}
+        size = {"height": self.height, "width": self.width}
+        return condition(self.pipe, tensors, **size, guidance_embedding=self.guidance_embedding)
+
+    def of_numbers(self, numbers: Tensor) -> Prompted:
+        """The network's arguments for the prompts with these numbers, [B]."""
+        if self.prompts is None:
+            raise ValueError("prompts: there are none; needed is prompts.file or prompts.encoded")
+        cond = Prompted(self.condition(self.prompts.rows(numbers.tolist())))
+        cond.numbers = numbers
+        return cond
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """A frozen denoiser, the shape [C, H, W] of its samples and their conditions.
+    """A frozen denoiser, the shape [C, H, W] of its samples (pixels, or a pipeline's latents) and their conditions.
 
-    n_classes: class labels are drawn from 0 .. n_classes - 1; None is an unconditional model. null_label: the label
-    that stands for "no class", needed for guidance; None if the model has none. facts: what `distill.json` says.
+    n_classes: class labels are drawn from 0 .. n_classes - 1; None is a model without classes. null_label: the label
+    that stands for "no class", needed for guidance; None if the model has none. interval: the noise levels that are
+    guided; None is all. facts: what `distill.json` says. pipe: a pipeline of latents, whose VAE decodes them. words:
+    where the model is conditioned on them.
     """
 
     denoiser: NetworkDenoiser
@@ -33,22 +79,58 @@ class Teacher:
     null_label: int | None = None
     guidance: float = 1.0
     facts: dict[str, Any] = field(default_factory=dict)
+    interval: tuple[float, float] | None = None
+    pipe: Any = None
+    words: Words | None = None
 
     def __post_init__(self) -> None:
-        if self.guidance != 1 and self.null_label is None:
+        if self.guidance != 1 and self.null_label is None and self.words is None:
             raise ValueError(
                 f"guidance: {self.guidance} needs a null label, and the model names none "
                 f'(a file {FACTS} with "classes" and "null_label" beside model_index.json would)'
             )
 
     @classmethod
-    def load(cls, path: str | Path, guidance: float = 1.0) -> Self:
-        """Reads a pipeline folder of diffusers, or a run folder of `distill teach`, from local safetensors only.
+    def load(
+        cls,
+        path: str | Path,
+        guidance: float = 1.0,
+        *,
+        interval: tuple[float, float] | None = None,
+        negative_prompt: str | None = None,
+        guidance_embedding: float = GUIDANCE_EMBEDDING,
+        height: int | None = None,
+        width: int | None = None,
+        null: Mapping[str, Tensor] | None = None,
+    ) -> Self:
+        """Reads a pipeline folder of diffusers, a run folder of `distill teach`, or a repository in the hub's cache,
+        from local safetensors only, in float32.
 
-        Raises ValueError for a folder that is neither, for a network other than a UNet2DModel, a scheduler that is not
-        understood, or guidance of a model without a null label.
+        negative_prompt: what guidance leads away from; None is the pipeline's own idea of no prompt. null: its
+        embeddings; the pipeline's text encoders are then not read. Raises ValueError for a folder that is none, a
+        pipeline or a scheduler that is not supported, naming it, guidance of a model without a null label, and words
+        for one that has no use for them.
         """
         folder = pipeline_folder(path)
+        kind = PIPELINES.get(str(index_of(folder).get("_class_name")))
+        if kind is None or (kind.network == "unet" and not kind.embeddings):
+            if negative_prompt is not None or height is not None or width is not None:
+                raise ValueError(f"negative_prompt, height, width: {folder} has no use for them")
+            return cls._of_pixels(folder, guidance, interval)
+
+        pipe = load_pipeline(folder, () if null is None and kind.embeddings else TEXT_PARTS)
+        denoiser = denoiser_of(pipe).requires_grad_(False).eval()
+        shape = latent_shape(pipe, height, width)
+        known: dict[str, Any] = {"guidance": guidance, "facts": read_facts(folder), "interval": interval, "pipe": pipe}
+        if not kind.embeddings:
+            null_label = getattr(pipe, kind.network).config.num_embeds_ada_norm
+            return cls(denoiser, pipe.scheduler, shape, null_label, null_label, **known)
+        null = embed(pipe, negative_prompt) if null is None else null
+        words = Words(pipe, null, height, width, guidance_embedding)
+        return cls(denoiser, pipe.scheduler, shape, words=words, **known)
+
+    @classmethod
+    def _of_pixels(cls, folder: Path, guidance: float, interval: tuple[float, float] | None) -> Self:
         network, scheduler = read_pipeline(folder)
         denoiser = denoiser_from(network, scheduler).requires_grad_(False).eval()
 
@@ -61,17 +143,19 @@ class Teacher:
                 f"{folder / FACTS}: speaks of label {max(labels)}, but the network has "
                 f"{network.config.num_class_embeds or 'no'} labels"
             )
-        return cls(denoiser, scheduler, sample_shape(network), n_classes, null_label, guidance, facts)
+        return cls(denoiser, scheduler, sample_shape(network), n_classes, null_label, guidance, facts, interval)
 
     def __call__(self, x: Tensor, sigma: Tensor, cond: Any = None) -> Tensor:
         return self.guided(x, sigma, cond)
 
     @property
     def guided(self) -> Denoiser:
-        """The denoiser with its guidance: x [B, C, H, W], sigma [] or [B], cond: labels [B] or None."""
+        """The denoiser with its guidance: x [B, C, H, W], sigma [] or [B], cond: labels [B], a network's arguments for
+        words, or None."""
         if self.guidance == 1:
             return self.denoiser
-        return Guided(self.denoiser, self.guidance, self.null_label)
+        null = self.null_label if self.words is None else self.words.condition(self.words.null)
+        return Guided(self.denoiser, self.guidance, null, self.interval)
 
     @property
     def sigma_min(self) -> float:
@@ -85,9 +169,40 @@ class Teacher:
         """A trainable copy of the denoiser, without guidance: where a student or a fake score starts."""
         return copy.deepcopy(self.denoiser).requires_grad_(True)
 
-    def conditions(self, noise: SampleNoise, device: torch.device | str = "cpu") -> Tensor | None:
-        """Class labels [B], uniform, each from its sample's stream; None if the model is unconditional."""
+    def embed(self, prompt: str) -> dict[str, Tensor]:
+        """A prompt's embeddings by the pipeline's own text encoders, each [1, ...], on the CPU."""
+        return {name: value.cpu() for name, value in embed(self.pipe, prompt).items()}
+
+    def under(self, prompts: Embeddings | None) -> Self:
+        """The teacher with prompts to draw from. Its text encoders, which are done, are let go."""
+        if self.words is None:
+            return self
+        for part in TEXT_PARTS:
+            if getattr(self.pipe, part, None) is not None:
+                self.pipe.register_modules(**{part: None})
+        return replace(self, words=replace(self.words, prompts=prompts))
+
+    def conditions(self, noise: SampleNoise, device: torch.device | str = "cpu") -> Any:
+        """Class labels [B], or what the network is given for prompts, uniform, each from its sample's stream; None if
+        the model is unconditional."""
+        if self.words is not None:
+            count = 0 if self.words.prompts is None else len(self.words.prompts)
+            return self.words.of_numbers((noise.uniform() * count).long())
         return None if self.n_classes is None else noise.integers(self.n_classes, device)
+
+    def first_conditions(self, n: int, device: torch.device | str = "cpu") -> Any:
+        """The conditions of a grid of ten columns: classes or prompts in their order, again and again."""
+        if self.words is not None:
+            count = 1 if self.words.prompts is None else len(self.words.prompts)
+            return self.words.of_numbers(torch.arange(n) % 10 % count)
+        return None if self.n_classes is None else torch.arange(n, device=device) % 10 % self.n_classes
+
+    @torch.no_grad()
+    def pictures(self, x: Tensor) -> Tensor:
+        """Samples as pictures [B, C, H, W], nominally in [-1, 1]: latents are decoded, a few at a time."""
+        if self.pipe is None:
+            return x
+        return torch.cat([decode(self.pipe, part).float() for part in x.split(DECODED)])
 
 
 def sample_shape(network: Any) -> tuple[int, int, int]:
@@ -95,89 +210,3 @@ def sample_shape(network: Any) -> tuple[int, int, int]:
     size = network.config.sample_size
     height, width = size if isinstance(size, list | tuple) else (size, size)
     return network.config.in_channels, height, width
-
-
-def pipeline_folder(path: str | Path) -> Path:
-    """The folder with a model_index.json: `path`, or `path`/model where `path` is a run of `distill teach`."""
-    for folder in (Path(path), Path(path) / "model"):
-        if (folder / "model_index.json").is_file():
-            return folder
-    if not Path(path).is_dir():
-        raise ValueError(f"{path}: there is no such folder")
-    unfinished = (
-        " (this run has not finished: continue it with --resume)" if (Path(path) / "config.yaml").is_file() else ""
-    )
-    raise ValueError(f"{path}: is no pipeline folder of diffusers, there is no model_index.json in it{unfinished}")
-
-
-def read_facts(folder: Path) -> dict[str, Any]:
-    """What the `distill.json` of a pipeline folder says; empty if there is none."""
-    file = folder / FACTS
-    if not file.is_file():
-        return {}
-    try:
-        facts = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file}: is not JSON ({error})") from error
-    if not isinstance(facts, dict):
-        raise ValueError(f"{file}: holds no keys")
-    return facts
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """What diffusers would log about a folder is told in our one line instead."""
-    from diffusers.utils import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            yield
-    finally:
-        logging.set_verbosity(before)
-
-
-def read_pipeline(folder: Path) -> tuple[Any, Any]:
-    """The network and the scheduler of a pipeline folder. Reads safetensors and JSON only."""
-    import diffusers
-
-    try:
-        index = json.loads((folder / "model_index.json").read_text())
-        library, network_class = index["unet"]
-        _, scheduler_class = index["scheduler"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{folder}: its model_index.json names no unet and scheduler; supported is a {' or '.join(SUPPORTED)}"
-        ) from error
-    if library != "diffusers" or network_class not in SUPPORTED:
-        raise ValueError(f"{folder}: its network is a {network_class}; supported is a {' or '.join(SUPPORTED)}")
-    if not hasattr(diffusers, scheduler_class):
-        raise ValueError(f"{folder}: its scheduler {scheduler_class} is not one of diffusers")
-
-    scheduler = _read(folder / "scheduler", getattr(diffusers, scheduler_class).from_pretrained)
-    if scheduler is None:  # diffusers stands a dummy in for a class that needs what is not installed
-        raise ValueError(f"scheduler: {scheduler_class} needs a package that is not installed here")
-    return read_model(folder / "unet", getattr(diffusers, network_class)), scheduler
-
-
-def read_model(part: Path, kind: Any, dtype: torch.dtype | None = None) -> Any:
-    """The model of a diffusers class in a part of a pipeline folder, from safetensors, in its own dtype or another.
-
-    Raises ValueError, naming the part, for files that cannot be read, and weights that are not those of the config.
-    """
-    options: dict[str, Any] = {"use_safetensors": True, "low_cpu_mem_usage": False, "output_loading_info": True}
-    options |= {} if dtype is None else {"torch_dtype": dtype}
-    model, loaded = _read(part, kind.from_pretrained, **options)
-    wrong = [*loaded["missing_keys"], *loaded["unexpected_keys"], *loaded["mismatched_keys"]]
-    if wrong:  # diffusers would go on with random weights
-        raise ValueError(f"{part}: its weights are not those of its config.json: {wrong[0]} and {len(wrong) - 1} more")
-    return model
-
-
-def _read(part: Path, load: Callable[..., Any], **options: Any) -> Any:
-    try:
-        with _quiet():
-            return load(part, local_files_only=True, **options)
-    except Exception as error:  # diffusers raises a different type for each thing that can be wrong with a folder
-        raise ValueError(f"{part}: cannot be read ({str(error).splitlines()[0]})") from error

@@ -45,6 +45,9 @@ PIPELINES = {
 }
 
 
+_DENOISERS: WeakKeyDictionary[Any, tuple[Any, NetworkDenoiser]] = WeakKeyDictionary()
+
+
 def prompted(pipe: Any, prompt: Prompt = None, *, height: int | None = None, width: int | None = None) -> Conditioned:
     """The denoiser of a pipeline's samples under a prompt; `samplers.denoiser_from(pipe, prompt)` is this.
 
@@ -54,14 +57,27 @@ def prompted(pipe: Any, prompt: Prompt = None, *, height: int | None = None, wid
     Raises ValueError for a pipeline that is not supported, and for a prompt that it cannot be given.
     """
     name, kind = _kind(pipe)
+    denoiser = denoiser_of(pipe)
+    if not kind.embeddings:
+        return Conditioned(denoiser, _label(name, denoiser.network, prompt))
+    return Conditioned(denoiser, condition(pipe, embed(pipe, prompt), height=height, width=width))
+
+
+def denoiser_of(pipe: Any) -> NetworkDenoiser:
+    """The denoiser of a pipeline's network: one, as long as it has the same network and scheduler.
+
+    Raises ValueError for a pipeline that is not supported.
+    """
+    name, kind = _kind(pipe)
     network = getattr(pipe, kind.network)
     if network.config.get("time_cond_proj_dim") is not None:
         raise ValueError(
             f"time_cond_proj_dim: this {name}'s network is fed a guidance scale; accepted are those of laws"
         )
-    if not kind.embeddings:
-        return Conditioned(_denoiser(pipe, network), _label(name, network, prompt))
-    return Conditioned(_denoiser(pipe, network), condition(pipe, embed(pipe, prompt), height=height, width=width))
+    kept = _DENOISERS.get(pipe)
+    if kept is None or kept[0] is not pipe.scheduler or kept[1].network is not network:
+        kept = _DENOISERS[pipe] = pipe.scheduler, NetworkDenoiser(network, coordinates_of(pipe.scheduler))
+    return kept[1]
 
 
 def condition(
@@ -158,17 +174,6 @@ def _kind(pipe: Any) -> tuple[str, Kind]:
         if cls.__name__ in PIPELINES:
             return cls.__name__, PIPELINES[cls.__name__]
     raise ValueError(f"pipe: {type(pipe).__name__} is not supported; supported are {', '.join(PIPELINES)}")
-
-
-_DENOISERS: WeakKeyDictionary[Any, tuple[Any, NetworkDenoiser]] = WeakKeyDictionary()
-
-
-def _denoiser(pipe: Any, network: Any) -> NetworkDenoiser:
-    """One for a pipeline, as long as it has the same network and scheduler."""
-    kept = _DENOISERS.get(pipe)
-    if kept is None or kept[0] is not pipe.scheduler or kept[1].network is not network:
-        kept = _DENOISERS[pipe] = pipe.scheduler, NetworkDenoiser(network, coordinates_of(pipe.scheduler))
-    return kept[1]
 
 
 def _label(name: str, network: Any, prompt: Prompt) -> Tensor | None:

@@ -14,9 +14,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from distill.folders import pipeline_folder
 from distill.particles import ParticleGenerator, TargetChoice
 from distill.pictures import side_by_side
-from distill.teacher import Teacher, pipeline_folder
+from distill.teacher import Teacher
 from samplers import (
     Conditioned,
     Corrector,

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from distill.data import digits
+from distill.folders import pipeline_folder
 from distill.noise import GENERATION
 from distill.pictures import save_figure
-from distill.teacher import Teacher, pipeline_folder
+from distill.teacher import Teacher
 from samplers import (
     Denoiser,
     Gaussian,

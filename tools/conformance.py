@@ -35,7 +35,7 @@ STARTING = 120.0  # seconds until the process is there and has imported the impl
 
 @dataclass(frozen=True)
 class Implementation:
-    """What is judged: a function of two sets of features, of two pairs of moments, or both. Other processes import it by name.
+    """What is judged: a function of two sets of features, of two pairs of moments, or both. Others import it by name.
 
     imports: modules that it needs, imported before the clock starts.
     """

@@ -1,0 +1,218 @@
+"""Pipeline folders of diffusers, from local safetensors and JSON only; one line for what is wrong with them."""
+
+import json
+import re
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from samplers.prompts import PIPELINES
+
+FACTS = "distill.json"  # beside model_index.json: what a diffusers folder has no place for
+SUPPORTED = ("UNet2DModel",)  # networks of pixels
+UNUSED = ("feature_extractor", "image_encoder", "safety_checker")  # parts that no sample is made by
+_LIBRARIES = ("diffusers", "transformers")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def pipeline_folder(path: str | Path) -> Path:
+    """The folder with a model_index.json: `path`, `path`/model where `path` is a run of `distill teach`, or where the
+    hub's cache keeps the repository of that id. Nothing is downloaded. Raises ValueError where there is none."""
+    for folder in (Path(path), Path(path) / "model"):
+        if (folder / "model_index.json").is_file():
+            return folder
+    if not Path(path).is_dir():
+        return _cached(str(path))
+    unfinished = (
+        " (this run has not finished: continue it with --resume)" if (Path(path) / "config.yaml").is_file() else ""
+    )
+    raise ValueError(f"{path}: is no pipeline folder of diffusers, there is no model_index.json in it{unfinished}")
+
+
+def _cached(name: str) -> Path:
+    """Where the hub's cache keeps a repository."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    if not _HUB_ID.fullmatch(name):
+        raise ValueError(f"{name}: there is no such folder")
+    try:
+        folder = Path(snapshot_download(name, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError) as error:
+        raise ValueError(
+            f"{name}: there is no such folder, and the hub's cache has none of this name; "
+            f"`hf download {name}` would fetch it"
+        ) from error
+    if not (folder / "model_index.json").is_file():
+        raise ValueError(f"{name}: is no pipeline of diffusers, there is no model_index.json in {folder}")
+    return folder
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    """What the `distill.json` of a pipeline folder says; empty if there is none."""
+    file = folder / FACTS
+    if not file.is_file():
+        return {}
+    try:
+        facts = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file}: is not JSON ({error})") from error
+    if not isinstance(facts, dict):
+        raise ValueError(f"{file}: holds no keys")
+    return facts
+
+
+def index_of(folder: Path) -> dict[str, Any]:
+    """The model_index.json of a pipeline folder. Raises ValueError for one that is no object of JSON."""
+    try:
+        index = json.loads((folder / "model_index.json").read_text())
+    except ValueError as error:
+        raise ValueError(f"{folder}: its model_index.json is not JSON ({error})") from error
+    if not isinstance(index, dict):
+        raise ValueError(f"{folder}: its model_index.json holds no keys")
+    return index
+
+
+def _supported() -> str:
+    latent = [name for name, kind in PIPELINES.items() if kind.embeddings or kind.network != "unet"]
+    return f"supported are pipelines of a {' or '.join(SUPPORTED)} in pixels, and {', '.join(latent)}"
+
+
+def read_pipeline(folder: Path) -> tuple[Any, Any]:
+    """The network and the scheduler of a pipeline folder. Reads safetensors and JSON only."""
+    import diffusers
+
+    index = index_of(folder)
+    try:
+        library, network_class = index["unet"]
+        _, scheduler_class = index["scheduler"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{folder}: is a {index.get('_class_name')}, and its model_index.json names no unet and scheduler; "
+            f"{_supported()}"
+        ) from error
+    if library != "diffusers" or network_class not in SUPPORTED or index.get("vqvae"):
+        raise ValueError(f"{folder}: is a {index.get('_class_name')} with a {network_class}; {_supported()}")
+    if not hasattr(diffusers, scheduler_class):
+        raise ValueError(f"{folder}: its scheduler {scheduler_class} is not one of diffusers")
+
+    scheduler = _read(folder / "scheduler", getattr(diffusers, scheduler_class).from_pretrained)
+    if scheduler is None:  # diffusers stands a dummy in for a class that needs what is not installed
+        raise ValueError(f"scheduler: {scheduler_class} needs a package that is not installed here")
+    return read_model(folder / "unet", getattr(diffusers, network_class)), scheduler
+
+
+def read_model(part: Path, kind: Any, dtype: torch.dtype | None = None) -> Any:
+    """The model of a diffusers class in a part of a pipeline folder, from safetensors, in its own dtype or another.
+
+    Raises ValueError, naming the part, for files that cannot be read, and weights that are not those of the config.
+    """
+    options: dict[str, Any] = {"use_safetensors": True, "low_cpu_mem_usage": False, "output_loading_info": True}
+    options |= {} if dtype is None else {"torch_dtype": dtype}
+    model, loaded = _read(part, kind.from_pretrained, **options)
+    wrong = [*loaded["missing_keys"], *loaded["unexpected_keys"], *loaded["mismatched_keys"]]
+    if wrong:  # diffusers would go on with random weights
+        raise ValueError(f"{part}: its weights are not those of its config.json: {wrong[0]} and {len(wrong) - 1} more")
+    return model
+
+
+def load_pipeline(folder: Path, without: Sequence[str] = (), text_dtype: torch.dtype = torch.float32) -> Any:
+    """A pipeline from local safetensors, in float32, without the parts that are not used, and those named `without`.
+
+    text_dtype: of its text encoders. Raises ValueError, naming the part, for what cannot be read, or is not of
+    diffusers or transformers.
+    """
+    import diffusers
+
+    index = index_of(folder)
+    parts: dict[str, Any] = {}
+    for name, part in index.items():
+        if not isinstance(part, list):
+            continue
+        library, kind = part
+        if name in UNUSED or name in without or library is None:
+            parts[name] = None
+        else:
+            with _silent():
+                parts[name] = _part(folder / name, library, kind, text_dtype)
+    with _silent(), _named(folder):
+        pipe = getattr(diffusers, index["_class_name"]).from_pretrained(folder, local_files_only=True, **parts)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _part(folder: Path, library: str, name: str, text_dtype: torch.dtype) -> Any:
+    if library not in _LIBRARIES or find_spec(library) is None or not hasattr(import_module(library), name):
+        raise ValueError(
+            f"{folder}: is a {library}.{name}, which is not here; read are parts of {' and '.join(_LIBRARIES)}"
+        )
+    kind = getattr(import_module(library), name)
+    is_network = isinstance(kind, type) and issubclass(kind, torch.nn.Module)
+    if not is_network:
+        with _named(folder):
+            return kind.from_pretrained(folder, local_files_only=True)
+    if library == "diffusers":
+        return read_model(folder, kind, torch.float32).requires_grad_(False).eval()
+    options = {"use_safetensors": True, "output_loading_info": True, "torch_dtype": text_dtype}
+    with _named(folder):
+        model, loaded = kind.from_pretrained(folder, local_files_only=True, **options)
+    wrong = [*loaded["missing_keys"], *loaded["mismatched_keys"]]
+    if wrong:  # transformers would go on with random weights
+        raise ValueError(f"{folder}: its weights are not those of its config.json: {wrong[0]}")
+    return model.requires_grad_(False).eval()
+
+
+@contextmanager
+def _named(folder: Path) -> Iterator[None]:
+    """The libraries raise a different type for each thing that can be wrong with a folder."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(
+            f"{folder}: cannot be read ({' '.join(str(error).split()) or type(error).__name__})"
+        ) from error
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Neither library draws bars for the loading of each part, or tells what is told in our one line."""
+    logs = [import_module(f"{library}.utils.logging") for library in _LIBRARIES if find_spec(library) is not None]
+    before = [(log.get_verbosity(), log.is_progress_bar_enabled()) for log in logs]
+    try:
+        for log in logs:
+            log.set_verbosity(log.CRITICAL)
+            log.disable_progress_bar()
+        yield
+    finally:
+        for log, (verbosity, bar) in zip(logs, before, strict=True):
+            log.set_verbosity(verbosity)
+            if bar:
+                log.enable_progress_bar()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """What diffusers would log about a folder is told in our one line instead."""
+    from diffusers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def _read(part: Path, load: Callable[..., Any], **options: Any) -> Any:
+    try:
+        with _quiet():
+            return load(part, local_files_only=True, **options)
+    except Exception as error:  # diffusers raises a different type for each thing that can be wrong with a folder
+        raise ValueError(f"{part}: cannot be read ({str(error).splitlines()[0]})") from error
