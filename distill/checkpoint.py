@@ -2,13 +2,15 @@
 
 A checkpoint is a folder step-00000100 with one file per network, one for each optimizer, and state.json with the
 SHA-256 of every file. It is written under another name, flushed to the disk, and renamed; what does not match its
-sums is never loaded. Random numbers need no saving: they are functions of (seed, step).
+sums is never loaded. Random numbers need no saving: they are functions of (seed, step). The files are the same however
+many processes wrote them, whether they share the networks out or not: a run may go on in another launch.
 """
 
 import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,28 +20,40 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from distill import sharding
 from samplers.atomic import atomic_write
+
+_OPTIMIZER = ".optimizer"
 
 
 def save(
-    folder: Path, step: int, modules: dict[str, nn.Module], optimizers: dict[str, Optimizer], keep: int = 2
+    folder: Path,
+    step: int,
+    modules: dict[str, nn.Module],
+    optimizers: dict[str, Optimizer],
+    keep: int | None = 2,
+    write: bool = True,
 ) -> Path:
-    """Writes checkpoint `step` below `folder` and removes all but the newest `keep`; returns its folder.
+    """Writes checkpoint `step` below `folder` and removes all but the newest `keep` (None: none); returns its folder.
 
-    Raises OSError if it cannot be written; the earlier checkpoints are then as they were.
+    Where networks are shared out among processes all of them must call it, one of them with `write`; the others only
+    give their shares. Raises OSError if it cannot be written; the earlier checkpoints are then as they were.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     final, temporary = folder / f"step-{step:08d}", folder / f".step-{step:08d}.tmp"
+    if not write:
+        for _ in _contents(modules, optimizers, keep=False):
+            pass
+        return final
+    folder.mkdir(parents=True, exist_ok=True)
     for left in folder.glob(".step-*.tmp"):  # by a run that was killed
         shutil.rmtree(left)
     temporary.mkdir()
     try:
         groups = {}
-        for name, module in modules.items():
-            _write_tensors(temporary / f"{name}.safetensors", module.state_dict())
-        for name, optimizer in optimizers.items():
-            tensors, groups[name] = _flatten(optimizer.state_dict())
-            _write_tensors(temporary / f"{name}.optimizer.safetensors", tensors)
+        for name, tensors, parameter_groups in _contents(modules, optimizers):
+            _write_tensors(temporary / f"{name}.safetensors", tensors)
+            if parameter_groups is not None:
+                groups[name.removesuffix(_OPTIMIZER)] = parameter_groups
         sums = {file.name: sha256(file) for file in sorted(temporary.iterdir())}
         state = {"step": step, "sha256": sums, "param_groups": groups}
         with atomic_write(temporary / "state.json") as file:
@@ -49,9 +63,20 @@ def save(
         _sync(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    for old in _folders(folder)[keep:]:
+    for old in [] if keep is None else _folders(folder)[keep:]:
         shutil.rmtree(old)
     return final
+
+
+def _contents(
+    modules: dict[str, nn.Module], optimizers: dict[str, Optimizer], keep: bool = True
+) -> Iterator[tuple[str, dict[str, Tensor], list[dict[str, Any]] | None]]:
+    """Name, whole tensors and parameter groups of each file, one after the other: one is in memory at a time."""
+    for name, module in modules.items():
+        yield name, sharding.whole_state(module, keep), None
+    for name, optimizer in optimizers.items():
+        tensors, groups = _flatten(optimizer.state_dict())
+        yield f"{name}{_OPTIMIZER}", dict(sharding.wholes(tensors, keep)), groups
 
 
 def newest(folder: Path) -> Path | None:
@@ -66,13 +91,21 @@ def load(checkpoint: Path, modules: dict[str, nn.Module], optimizers: dict[str, 
     """
     state = json.loads((checkpoint / "state.json").read_text())
     for name, module in modules.items():
-        tensors = _read(checkpoint / f"{name}.safetensors", module.state_dict())
-        module.load_state_dict(tensors, strict=True)
+        own = sharding.state(module)
+        tensors = _read(checkpoint / f"{name}.safetensors", own)
+        shares = {key: sharding.like(tensor, own[key]) for key, tensor in tensors.items()}
+        module.load_state_dict(shares, strict=len(own) == len(module.state_dict()))  # _read has compared the keys
     for name, optimizer in optimizers.items():
-        file = checkpoint / f"{name}.optimizer.safetensors"
+        file = checkpoint / f"{name}{_OPTIMIZER}.safetensors"
         if name not in state["param_groups"]:
             raise ValueError(f"{file}: is not in this checkpoint")
-        optimizer.load_state_dict(_unflatten(_read(file), state["param_groups"][name]))
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        numbered = {str(number): parameter for number, parameter in enumerate(parameters)}
+        tensors = {
+            key: sharding.like(tensor, numbered.get(key.split(".", 1)[0], tensor))
+            for key, tensor in _read(file).items()
+        }
+        optimizer.load_state_dict(_unflatten(tensors, state["param_groups"][name]))
     return int(state["step"])
 
 

@@ -1,14 +1,19 @@
 """One network's update: backward, clip, learning rate, AdamW."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
+from types import MethodType
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from distill import sharding
 from distill.sections import Optimizer as OptimizerConfig
 
 
@@ -58,11 +63,50 @@ def prepare(
     heads: nn.Module | None = None,
     lr: float | None = None,
 ) -> "tuple[nn.Module, Update]":
-    """A network ready for any number of processes, and its update; of `heads` with peak learning rate `lr` too."""
-    network.to(accelerator.device)
-    prepared, prepared_optimizer = accelerator.prepare(network, adamw(network, optimizer, heads, lr))
+    """A network ready for any number of processes, and its update; of `heads` with peak learning rate `lr` too.
+
+    The network is put on the device, or shared out (`distill.sharding`), in place; it runs as the launcher says, in
+    bfloat16 or compiled, while its weights, the optimizer's state and what it returns stay in float32. What is
+    returned is to be called where it learns: the network, or what sums its gradients over the processes.
+    heads: as `replicated` returned them.
+    """
+    sharding.place(accelerator, network)
+    _run_in(accelerator, network)
+    _compile(accelerator, network)
+    prepared = network if sharding.is_sharded(network) else replicated(accelerator, network)
     rate = partial(schedule, optimizer, steps=steps)
-    return prepared, Update(prepared_optimizer, rate, optimizer.clip, accelerator.backward)
+    synchronised = [prepared] if heads is None else [prepared, heads]
+    return prepared, Update(adamw(network, optimizer, heads, lr), rate, optimizer.clip, modules=synchronised)
+
+
+def replicated(accelerator: Accelerator, module: nn.Module) -> nn.Module:
+    """A module as it is to be called where it learns, alike on all processes: its gradients are means over them."""
+    module.to(accelerator.device)
+    if accelerator.num_processes == 1 or not any(p.requires_grad for p in module.parameters()):
+        return module
+    devices = None if accelerator.device.type == "cpu" else [accelerator.device.index or 0]
+    return DistributedDataParallel(module, device_ids=devices, broadcast_buffers=False)
+
+
+def _run_in(accelerator: Accelerator, network: nn.Module) -> None:
+    """Lets a denoiser run in the launcher's precision, wherever it is called from; its result has x's."""
+    if accelerator.mixed_precision == "no":
+        return
+    network.forward = MethodType(_in_bfloat16, network)  # a method: a copy of the network calls its own
+
+
+def _in_bfloat16(network: nn.Module, x: Tensor, sigma: Tensor, cond: Any = None) -> Tensor:
+    with torch.autocast(x.device.type, torch.bfloat16):
+        return type(network).forward(network, x, sigma, cond).to(x.dtype)
+
+
+def _compile(accelerator: Accelerator, network: nn.Module) -> None:
+    """Compiles the plain network, in place, so that its keys stay; what surrounds it is not worth it."""
+    plugin = accelerator.state.dynamo_plugin
+    if plugin.backend.value == "NO":
+        return
+    options = plugin.to_kwargs()
+    getattr(network, "network", network).compile(**options)
 
 
 class Update:
@@ -71,8 +115,9 @@ class Update:
     Several losses, which are added, can be given as an iterator: each is differentiated before the next is computed, so
     that only one graph is held at a time. Gradients are gone after the step.
 
-    schedule: step -> learning rate, which a group of parameters multiplies with its "scale", if it has one.
-    backward: how the loss is differentiated (accelerate's `backward`, which scales and synchronises, or Tensor's).
+    schedule: step -> learning rate, which a group of parameters multiplies with its "scale", if it has one. clip: the
+    largest norm of a group's gradient. backward: how a loss is differentiated. modules: what `prepare` and `replicated`
+    returned, whose gradients several processes sum.
     """
 
     def __init__(
@@ -81,8 +126,10 @@ class Update:
         schedule: Callable[[int], float],
         clip: float | None = None,
         backward: Callable[[Tensor], object] = Tensor.backward,
+        modules: Sequence[nn.Module] = (),
     ) -> None:
         self.optimizer, self._schedule, self._clip, self._backward = optimizer, schedule, clip, backward
+        self._modules = modules
 
     def __call__(self, losses: Tensor | Iterable[Tensor], step: int) -> None:
         for loss in [losses] if isinstance(losses, Tensor) else losses:
@@ -93,3 +140,17 @@ class Update:
                 nn.utils.clip_grad_norm_(group["params"], self._clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)  # so that no gradient lies about while another network learns
+
+    @contextmanager
+    def no_sync(self, held: bool = True) -> Iterator[None]:
+        """Gradients of the losses computed and differentiated inside stay on their process; the first ones outside take
+        them along. For all parts of a batch but the last, inside the iterator of losses. held: whether to do so."""
+        with ExitStack() as stack:
+            for module in self._modules if held else ():
+                if isinstance(module, DistributedDataParallel):
+                    stack.enter_context(module.no_sync())
+                elif sharding.is_sharded(module):
+                    shared: Any = module
+                    shared.set_requires_gradient_sync(False)
+                    stack.callback(shared.set_requires_gradient_sync, True)
+            yield
