@@ -20,7 +20,7 @@ import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 from pydantic import ValidationError
 
-from distill.config import COMMANDS, FitGaussian, Train
+from distill.config import COMMANDS, Encode, FitGaussian, Train
 from distill.progress import Progress, is_first
 from distill.sections import SolverName, TargetName
 
@@ -32,6 +32,7 @@ _DESCRIPTION = """One-step students of diffusion models.
   distill sample RUN_OR_PIPELINE --out grid.png             look at samples
   distill export RUN FOLDER                                 write the student as a diffusers pipeline
   distill gaussian --data.name digits --out stats.safetensors    fit a Gaussian to data, to teleport with
+  distill encode --pipeline FOLDER --prompts words.txt --out FOLDER    keep latents and embeddings, to train with
 
 Every key of a configuration can be set on the command line: --optimizer.lr 1e-3.
 """
@@ -130,7 +131,8 @@ def _parse(arguments: list[str]) -> tuple[str, Namespace]:
         commands.add_subcommand(name, sub, help=sub.description)
     commands.add_subcommand("sample", _sample_parser(), help="Write a grid of samples of a run or a pipeline.")
     commands.add_subcommand("export", _export_parser(), help="Write a student as a diffusers pipeline folder.")
-    commands.add_subcommand("gaussian", _gaussian_parser(), help="Fit a Gaussian to images, to teleport with.")
+    commands.add_subcommand("gaussian", _schema_parser(FitGaussian), help="Fit a Gaussian to images, to teleport with.")
+    commands.add_subcommand("encode", _schema_parser(Encode), help="Keep latents and embeddings, to train with.")
     _check_file(arguments)
     parsed = parser.parse_args(arguments)
     return parsed.subcommand, parsed[parsed.subcommand]
@@ -154,7 +156,7 @@ def _check_file(arguments: list[str]) -> None:
         named = content.get("command")
         if named == "degrade":
             raise ValueError(f"--config: {file}: is the record of a path; `distill degrade` takes that of its run")
-        known = (*COMMANDS, "gaussian")
+        known = (*COMMANDS, "gaussian", "encode")
         if isinstance(named, str) and named in known and named != arguments[0] and arguments[0] in known:
             if (arguments[0], named) == ("degrade", "train"):
                 continue
@@ -194,10 +196,10 @@ def _export_parser() -> ArgumentParser:
     return parser
 
 
-def _gaussian_parser() -> ArgumentParser:
-    parser = _Parser(description=inspect.getdoc(FitGaussian), formatter_class=_Formatter, allow_abbrev=False)
+def _schema_parser(schema: type[FitGaussian] | type[Encode]) -> ArgumentParser:
+    parser = _Parser(description=inspect.getdoc(schema), formatter_class=_Formatter, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="a YAML file; options after it override its keys")
-    parser.add_class_arguments(FitGaussian, as_group=False)
+    parser.add_class_arguments(schema, as_group=False)
     return parser
 
 
@@ -277,6 +279,20 @@ def _gaussian(arguments: Namespace) -> None:
             _say(line)
 
 
+def _encode(arguments: Namespace) -> None:
+    """`distill encode`."""
+    values = arguments.as_dict()
+    values.pop("config", None)
+    config = Encode.model_validate(values)
+
+    from distill.encode import encode
+
+    encoded = encode(config)
+    tensors = ", ".join(f"{name} {shape}" for name, shape in encoded.facts["tensors"].items())
+    size = sum(entry["bytes"] for entry in encoded.facts["files"].values())
+    _say(f"{config.out}: {len(encoded)} rows of {tensors}; {len(encoded.facts['files'])} files, {size:,} bytes")
+
+
 def _say(line: str) -> None:
     if is_first():
         print(line)
@@ -286,6 +302,7 @@ _COMMANDS: dict[str, Callable[[Namespace], None]] = {name: partial(_experiment, 
     "sample": _sample,
     "export": _export,
     "gaussian": _gaussian,
+    "encode": _encode,
 }
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from distill.sections import (
     Degradation,
     DiscriminatorChoice,
     DivergenceChoice,
+    EncodedImages,
     Fake,
     Fraction,
     Logging,
@@ -187,6 +188,39 @@ class FitGaussian(Section):
     def _is_named_safetensors(self) -> Self:
         if not self.out.endswith(".safetensors"):
             raise ValueError(f"out: {self.out} is not named .safetensors")
+        return self
+
+
+class Encode(Section):
+    """Encode images and prompts once, to train with: latents by a pipeline's VAE, embeddings by its text encoders.
+
+    A run that is killed goes on where it stopped: start it again. Started by `accelerate launch`, processes share the
+    work. Images have the words of their folder: NAME.txt beside each, or metadata.csv or .jsonl (file_name, caption).
+    """
+
+    command: Literal["encode"] = Field("encode", description="what this file is for")
+    pipeline: str = Field(description="folder of a pipeline of diffusers")
+    out: str = Field(description="the folder to write")
+    data: EncodedImages = EncodedImages()
+    prompts: str | None = Field(
+        None, description="prompts (.txt, one a line; .csv; .jsonl); beside images a table of their file_name and words"
+    )
+    column: str = Field("caption", description="of a table, with the words")
+    negative_prompt: str | None = Field(None, description="encoded too, beside what the pipeline guides away from")
+    flip: bool = Field(False, description="encode every image's mirror image too")
+    rows: Count = Field(512, description="in a file")
+    dtype: Literal["float16", "bfloat16", "float32"] = Field("float16", description="of what is written")
+    text_dtype: Literal["float16", "bfloat16", "float32"] = Field("float32", description="that text encoders run in")
+    batch: Count = Field(8, description="images encoded at once, in each process")
+    seed: Seed = Field(0, description="of the latents")
+    device: str | None = Field(None, description="where VAE and text encoders run; null is a GPU if there is one")
+
+    @model_validator(mode="after")
+    def _has_something_to_encode(self) -> Self:
+        if self.data.path is None and self.prompts is None:
+            raise ValueError("data.path, prompts: None, None; needed are images, prompts, or both")
+        if self.data.path is None and self.flip:
+            raise ValueError("flip: True; there are no images")
         return self
 
 

@@ -50,6 +50,20 @@ class Data(Section):
         return self
 
 
+class EncodedImages(Section):
+    """Images to encode; their sub-folders are classes, or they have captions (`distill.captions`)."""
+
+    name: Literal["none", "folder"] = Field("none", description="no images, or a folder of them")
+    path: str | None = Field(None, description="the folder, for name: folder")
+    size: Annotated[int, Field(ge=8)] = Field(512, description="height and width in pixels, cropped in the middle")
+
+    @model_validator(mode="after")
+    def _path_fits_name(self) -> Self:
+        if (self.path is not None) != (self.name == "folder"):
+            raise ValueError(f"path: {self.path!r} does not go with name: {self.name} (only a folder has a path)")
+        return self
+
+
 class Network(Section):
     """A diffusers UNet2DModel."""
 
