@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from distill import checkpoint
+from distill.folders import index_of
 
 FORMAT = 1
 MANIFEST, COMMON = "manifest.json", "common.safetensors"
@@ -210,8 +211,9 @@ def encoder_facts(folder: str | Path) -> dict[str, str]:
     megabytes of it: training changes all of a network.
     """
     folder = Path(folder)
-    index = json.loads((folder / "model_index.json").read_text())
-    parts = [name for name, part in index.items() if name.startswith(("text_encoder", "tokenizer")) and part[0]]
+    parts = [
+        name for name, part in index_of(folder).items() if name.startswith(("text_encoder", "tokenizer")) and part[0]
+    ]
     return {part: digest for part in parts if (digest := _fingerprint(folder / part)) is not None}
 
 
