@@ -85,7 +85,7 @@ def _passes(skeleton: Skeleton, config: Train, launch: Hardware, rows: int) -> _
     autocast, network = launch.autocast, skeleton.network
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
     if launch.sharded and autocast is not None:
-        network.to(autocast)
+        nn.Module.to(network, autocast)
         autocast = None
     try:
         size = next(network.parameters()).element_size()
@@ -95,7 +95,7 @@ def _passes(skeleton: Skeleton, config: Train, launch: Hardware, rows: int) -> _
         train = measure(network, call, backward=True, checkpointing=checkpointing, autocast=autocast, inputs=inputs)
     finally:
         if launch.sharded:
-            network.to(torch.float32)
+            nn.Module.to(network, torch.float32)
     step = float(train.peak)
     if launch.sharded:  # gradients are scattered, block by block
         step -= size * trained * (1 - 1 / launch.processes)

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from samplers.network_call import predict
 from samplers.prompts import PIPELINES, condition, latent_shape
@@ -84,7 +85,8 @@ class Skeleton:
         x = torch.zeros(rows, *self.shape, device=META, dtype=dtype)
         timestep, cond = torch.zeros(rows, device=META), self.condition(rows)
         arguments = {} if cond is None else cond if isinstance(cond, dict) else {"class_labels": cond}
-        inputs = [x, timestep, *(v for v in arguments.values() if isinstance(v, Tensor))]
+        arguments = tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, arguments)
+        inputs = [x, timestep, *(v for v in tree_leaves(arguments) if isinstance(v, Tensor))]
         return lambda: predict(self.network, x, timestep, arguments), inputs
 
 
@@ -103,7 +105,7 @@ def read_skeleton(
     name = PIPELINES[kind].network if kind in PIPELINES else "unet"
     if name not in parts or "scheduler" not in parts:
         raise ValueError(f"{folder}: its model_index.json names no {name} and scheduler")
-    network = _build(folder / name, *parts[name]).to(dtype)
+    network = nn.Module.to(_build(folder / name, *parts[name]), dtype)  # diffusers' own would warn
     scheduler = _build(folder / "scheduler", *parts["scheduler"])
     if kind not in PIPELINES or "vae" not in parts:
         return Skeleton(folder, kind, network, scheduler)
