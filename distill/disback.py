@@ -15,11 +15,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
 from safetensors.torch import load_file, save
-from torch import Tensor, nn
+from torch import Tensor
 
-from distill import checkpoint
+from distill import checkpoint, sharding
 from distill.config import FirstStage, Train
 from distill.degradation import Degrader, Plateau, Probe, Recording, choose, mismatches, probe
+from distill.launch import launched
 from distill.mismatch import SAMPLES, score_mismatch
 from distill.nodes import MANIFEST, DegradationPath, Node, Weights, fingerprint, write_node
 from distill.noise import DEGRADATION, MISMATCH, PROBE, Share, log_normal_level
@@ -51,7 +52,7 @@ def degrade(
     if progress is None:
         with Progress(stage.degradation.steps, "degradation step") as shown:
             return degrade(config, resume, shown)
-    accelerator = Accelerator()
+    accelerator = launched(stage)
     subject, low, high = checked_subject(stage, accelerator.device)
     if (folder / MANIFEST).is_file():
         if not resume:
@@ -87,8 +88,9 @@ def degrade(
     )
 
     def keep(done: int, prediction: Tensor) -> None:
+        weights = sharding.whole_state(subject.fake, keep=accelerator.is_main_process) if done else {}
         if accelerator.is_main_process:
-            _keep(folder / CANDIDATES, done, prediction, subject.fake, teacher, stage.degradation)
+            _keep(folder / CANDIDATES, done, prediction, weights, teacher, stage.degradation)
 
     def agree(loss: float) -> float:
         return float(broadcast(torch.tensor([loss], device=accelerator.device)))
@@ -114,15 +116,13 @@ def degrade(
     return DegradationPath.read(folder)
 
 
-def _keep(
-    folder: Path, done: int, prediction: Tensor, network: nn.Module, teacher: Weights, config: Degradation
-) -> None:
+def _keep(folder: Path, done: int, prediction: Tensor, weights: Weights, teacher: Weights, config: Degradation) -> None:
     """Writes a candidate and what it says of the probe; of the teacher, which `done` is 0 of, only that."""
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_write(folder / f"{done:08d}.probe") as file:
         file.write(save({"denoised": prediction.cpu().contiguous()}))
     if done:
-        write_node(folder / f"{done:08d}.safetensors", network.state_dict(), teacher, config.storage, config.rank)
+        write_node(folder / f"{done:08d}.safetensors", weights, teacher, config.storage, config.rank)
 
 
 def _finish(folder: Path, stage: FirstStage, prints: dict[str, str], done: int, probed: Probe) -> None:

@@ -13,15 +13,16 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from distill import checkpoint, data, disback, divergences, pictures, toy
+from distill import checkpoint, data, disback, divergences, pictures, sharding, toy
 from distill import config as schemas
 from distill.adversary import Adversary, FakeHeads, ScoreOnly, TeacherHeads
 from distill.card import teacher_card
 from distill.discriminator import Discriminator
 from distill.export import save_pipeline, teacher_scheduler
 from distill.folders import FACTS, pipeline_folder
+from distill.launch import launched
 from distill.noise import Share, check_log_normal, karras_level, log_normal_level
-from distill.optim import learning_rate, prepare, student_rate
+from distill.optim import learning_rate, prepare, replicated, student_rate
 from distill.pretrain import Pretrainer, build_unet
 from distill.real import RealImages, RealMixture, teacher_samples
 from distill.run import Run, drive
@@ -46,7 +47,7 @@ def teach(config: schemas.Teach, resume: bool, progress: Progress) -> Path:
     """Trains a teacher as the configuration says and returns its folder, RUN/model: a pipeline, or a toy's network."""
     mixture = None if config.mixture is None else toy.MIXTURES[config.mixture]()
     images = _images(config.data) if mixture is None else toy.points(mixture, config.seed)
-    accelerator = Accelerator()
+    accelerator = launched(config)
     device = accelerator.device
     share = Share(config.seed, config.batch_size, accelerator.process_index, accelerator.num_processes)
     n_classes = len(images.classes) or None
@@ -80,7 +81,7 @@ def teach(config: schemas.Teach, resume: bool, progress: Progress) -> Path:
     )
     shape = tuple(images.images.shape[1:])
 
-    def preview(path: Path) -> None:
+    def preview(path: Path | None) -> None:
         generate = sampled(average)
         if mixture is not None:
             return toy_preview(mixture.to(device), device)(generate, path)
@@ -111,13 +112,13 @@ def teach(config: schemas.Teach, resume: bool, progress: Progress) -> Path:
 
 def train(config: schemas.Train, resume: bool, progress: Progress) -> Path:
     """Distils a teacher as the configuration says and returns the run folder."""
-    accelerator = Accelerator()
+    accelerator = launched(config)
     device = accelerator.device
     subject, low, high = checked_subject(config, device)
     heads = untrained_heads(config, subject, device)
     reals = None if config.real.name == "teacher" else real_samples(config, subject, accelerator)
     share = Share(config.seed, config.batch_size, accelerator.process_index, accelerator.num_processes)
-    average = copy.deepcopy(subject.student).requires_grad_(False).to(device)
+    average = sharding.place(accelerator, copy.deepcopy(subject.student).requires_grad_(False))
     walked = disback.recorded_path(config, subject)
     run = Run(config, resume, accelerator)
     if accelerator.is_main_process and config.teacher.path is not None:
@@ -140,7 +141,7 @@ def train(config: schemas.Train, resume: bool, progress: Progress) -> Path:
         accelerator, subject.student, config.student.optimizer, config.steps, schedule=rate
     )
     fake_steps = config.steps * config.fake.steps
-    trained_heads = None if heads is None else accelerator.prepare(heads)
+    trained_heads = None if heads is None else replicated(accelerator, heads)
     fake_denoiser, fake_update = prepare(
         accelerator, subject.fake, config.fake.optimizer, fake_steps, heads=trained_heads, lr=config.discriminator.lr
     )

@@ -48,9 +48,13 @@ def check_launch(accelerator: Accelerator, config: Teach | Train | FirstStage) -
     kind = accelerator.distributed_type.value
     if kind in _KINDS:
         raise ValueError(f"accelerate launch: {_KINDS[kind]} is not supported; {_ACCEPTED}")
+    sharded = sharding.asked() and accelerator.num_processes > 1
+    if isinstance(config, Teach) and sharded:
+        raise ValueError(
+            "accelerate launch: FSDP is for `distill train`; a teacher of `distill teach` is small, use DDP"
+        )
     if not isinstance(config, Train):
         return
-    sharded = sharding.asked() and accelerator.num_processes > 1
     compiled = accelerator.state.dynamo_plugin.backend.value != "NO"
     if config.discriminator.features == "fake" and config.real.name != "none" and (sharded or compiled):
         how = "shared out by FSDP" if sharded else "compiled"

@@ -11,8 +11,13 @@ from torch import Tensor
 from samplers.atomic import atomic_write
 
 
-def save_grid(images: Tensor, path: Path, columns: int = 10, shortest: int = 32) -> None:
-    """Writes images [N, C, H, W] in [-1, 1] as one PNG; small ones are enlarged to at least `shortest` pixels."""
+def save_grid(images: Tensor, path: Path | None, columns: int = 10, shortest: int = 32) -> None:
+    """Writes images [N, C, H, W] in [-1, 1] as one PNG; small ones are enlarged to at least `shortest` pixels.
+
+    path: None, here and in `save_points`, on a process that helped to make them and has nothing to write.
+    """
+    if path is None:
+        return
     from PIL import Image
     from torchvision.utils import make_grid
 
@@ -36,8 +41,10 @@ def side_by_side(rows: list[tuple[str, Tensor]], path: Path, columns: int = 10) 
     save_figure(figure, path)
 
 
-def save_points(points: Tensor, reference: Tensor, path: Path) -> None:
+def save_points(points: Tensor, reference: Tensor, path: Path | None) -> None:
     """Draws points [N, d] over reference points [M, d] as one PNG: a scatter of the plane, or histograms of a line."""
+    if path is None:
+        return
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4.2, 4.2), layout="constrained")

@@ -4,8 +4,10 @@ config.yaml     the resolved configuration; `--config RUN/config.yaml` repeats t
 versions.json   of Python and the libraries
 metrics.jsonl   one line per interval: step, seconds, the mean of every metric
 checkpoints/    step-00000100/ ...     samples/  step-00000100.png ...     curves.png
+snapshots/      step-00001000/average.safetensors, state.json ... which stay, for a job that evaluates them
 """
 
+import hashlib
 import json
 import platform
 import shutil
@@ -21,7 +23,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from distill import checkpoint, pictures
+from distill import checkpoint, pictures, sharding
 from distill.sections import Logging, Section
 from distill.trainer import Stepper, train
 from samplers.atomic import atomic_write
@@ -52,9 +54,9 @@ class Run:
 
     def __init__(self, config: Section, resume: bool, accelerator: Accelerator) -> None:
         self.folder = Path(str(config.model_dump()["run"]))
-        self.accelerator = accelerator
+        self.accelerator, self.config = accelerator, config.model_dump(mode="json")
         self._started = time.monotonic()
-        record = config.model_dump(mode="json")
+        record = self.config
         file = self.folder / "config.yaml"
         before = read_record(self.folder)
         if not resume and (before or self._checkpoints.exists()):
@@ -93,11 +95,23 @@ class Run:
                 self._started -= json.loads(lines[-1]).get("seconds", 0)  # the time goes on where the lines end
         return step
 
+    def track(self, step: int) -> None:
+        """Opens the trackers that accelerate was given, at the number of steps done; the run goes on in theirs."""
+        if self.accelerator.log_with:
+            name = self.folder.resolve().name
+            identity = hashlib.sha256(str(self.folder.resolve()).encode()).hexdigest()[:16]
+            known = {
+                "tensorboard": {"purge_step": step + 1},
+                "wandb": {"id": identity, "name": name, "resume": "allow"},
+            }
+            self.accelerator.init_trackers("distill", _flat(self.config), known)
+
     def record(self, step: int, values: dict[str, float]) -> None:
-        """Adds a line to metrics.jsonl."""
+        """Adds a line to metrics.jsonl, and to the trackers."""
         line = {"step": step, "seconds": round(time.monotonic() - self._started, 3), **values}
         with self.metrics_file.open("a") as file:
             file.write(json.dumps(line) + "\n")
+        self.accelerator.log(values, step=step)
 
 
 def drive(
@@ -107,7 +121,7 @@ def drive(
     logging: Logging,
     modules: dict[str, nn.Module],
     optimizers: dict[str, Optimizer],
-    preview: Callable[[Path], None],
+    preview: Callable[[Path | None], None],
     seed: int,
     progress: Callable[[int, dict[str, float]], None],
     measure: Callable[[], dict[str, float]] | None = None,
@@ -116,14 +130,19 @@ def drive(
     """Runs a stepper from where the run stands to `steps`, writes everything that the run folder holds, and returns
     the updates that are done.
 
-    modules, optimizers: the state that checkpoints keep. preview(path): draws the present state. progress(step,
-    metrics) is called once an interval. measure(): what `logging.mismatch_every` asks for. stop(done): whether to end
-    before `steps`, a function of what checkpoints keep. Between intervals nothing is copied from the device. Raises
+    modules, optimizers: the state that checkpoints keep. preview(path): draws the present state; where processes share
+    a network out all of them take part, and those that are given None draw nothing. progress(step, metrics) is called
+    once an interval. measure(): what `logging.mismatch_every` asks for, by the same processes. stop(done): whether to
+    end before `steps`, a function of what checkpoints keep. Between intervals nothing is copied from the device. Raises
     FloatingPointError, naming the step, for a metric or a weight that is not finite; the last checkpoint is then from
     before it.
     """
     start = done = run.restore(modules, optimizers)
     accelerator = run.accelerator
+    run.track(start)
+    first = accelerator.is_main_process
+    takes_part = first or any(sharding.is_sharded(module) for module in modules.values())
+    average = {name: module for name, module in modules.items() if name == "average"}
     updates = train(stepper, steps, start)
     waiting: list[dict[str, Tensor]] = []
     for n in range(start, steps):
@@ -139,21 +158,27 @@ def drive(
         if last or measures or any(done % every == 0 for every in (logging.log_every, logging.checkpoint_every)):
             values = _means(waiting, done, accelerator, run.folder)
             waiting = []
-            if accelerator.is_main_process:
-                if measures and measure is not None:
-                    values |= measure()
+            if measures and measure is not None and takes_part:
+                values |= measure()
+            if first:
                 run.record(done, values)
                 progress(done, values)
         saves = last or done % logging.checkpoint_every == 0
+        keeps = logging.keep_every is not None and done % logging.keep_every == 0 and bool(average)
+        if saves or keeps:
+            _check_weights(modules, done, run)
+        if (last or done % logging.sample_every == 0) and takes_part:
+            preview(run.folder / "samples" / f"step-{done:08d}.png" if first else None)
+            if first:
+                pictures.save_curves(run.metrics_file, run.folder / "curves.png")
+        # After the pictures: what comes before the newest checkpoint is there when a run is resumed.
+        if keeps:
+            checkpoint.save(run.folder / "snapshots", done, average, {}, keep=None, write=first)
         if saves:
-            _check_weights(modules, done, run.folder)
-        if (last or done % logging.sample_every == 0) and accelerator.is_main_process:
-            preview(run.folder / "samples" / f"step-{done:08d}.png")
-            pictures.save_curves(run.metrics_file, run.folder / "curves.png")
-        if saves:  # after the pictures: what comes before the newest checkpoint is there when a run is resumed
-            if accelerator.is_main_process:
-                checkpoint.save(run.folder / "checkpoints", done, modules, optimizers)
+            checkpoint.save(run.folder / "checkpoints", done, modules, optimizers, write=first)
             accelerator.wait_for_everyone()
+    for tracker in accelerator.trackers:  # `end_training` would end the processes' group too
+        tracker.finish()
     return done
 
 
@@ -174,12 +199,10 @@ def _means(waiting: list[dict[str, Tensor]], done: int, accelerator: Accelerator
     return {name: total / n for name, total, n in zip(names, table.sum(0).tolist(), counts, strict=True)}
 
 
-def _check_weights(modules: dict[str, nn.Module], done: int, folder: Path) -> None:
+def _check_weights(modules: dict[str, nn.Module], done: int, run: Run) -> None:
     for name, module in modules.items():
-        parameters: list[Tensor] = list(module.parameters())
-        norms = torch.stack(torch._foreach_norm(parameters)) if parameters else torch.zeros(1)
-        if not bool(norms.isfinite().all()):
-            raise _not_finite(f"a weight of the {name} is not finite", done, folder)
+        if not sharding.all_finite(run.accelerator, module):
+            raise _not_finite(f"a weight of the {name} is not finite", done, run.folder)
 
 
 def _not_finite(what: str, step: int, folder: Path) -> FloatingPointError:
@@ -200,6 +223,13 @@ def differences(before: Any, after: Any, prefix: str = "") -> list[str]:
         keys = [key for key in {**before, **after} if prefix or key not in ("logging", "run")]
         return [d for key in keys for d in differences(before.get(key), after.get(key), f"{prefix}{key}.")]
     return [] if before == after else [prefix.rstrip(".")]
+
+
+def _flat(config: Any, prefix: str = "") -> dict[str, str | float]:
+    """A configuration by its dotted keys, as trackers take it: numbers, and words for everything else."""
+    if not isinstance(config, dict):
+        return {prefix: config if isinstance(config, int | float) else str(config)}
+    return {k: v for key, value in config.items() for k, v in _flat(value, f"{prefix}.{key}".lstrip(".")).items()}
 
 
 def _step_of(line: str) -> float:

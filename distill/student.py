@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distill import sharding
 from samplers import Denoiser
 
 
@@ -32,6 +33,7 @@ def update_average(average: nn.Module, module: nn.Module, decay: float, step: in
     The decay ramps up as (step + 1) / (step + 10), step from 0, so that a short run does not remember its start.
     """
     decay = min(decay, (step + 1) / (step + 10))
-    torch._foreach_lerp_(list(average.parameters()), list(module.parameters()), 1 - decay)
+    kept_weights, weights = ([sharding.local(p) for p in network.parameters()] for network in (average, module))
+    torch._foreach_lerp_(kept_weights, weights, 1 - decay)
     for kept, current in zip(average.buffers(), module.buffers(), strict=True):
         kept.copy_(current)
