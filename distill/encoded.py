@@ -104,16 +104,21 @@ class Encoded:
         """Those of the negative prompt; of none where none was given."""
         return self._of("null" if self.negative_prompt is None else "negative")
 
-    def rows(self, numbers: Sequence[int]) -> dict[str, Tensor]:
+    def rows(self, numbers: Sequence[int], names: Sequence[str] | None = None) -> dict[str, Tensor]:
         """Some rows, in their order, on the CPU as they are stored: `latents` [B, c, h, w], and embeddings [B, ...].
 
-        Raises ValueError for a number out of range, and a shard that is damaged.
+        names: which of them are read; None is all. Raises ValueError for a number out of range, a name that is not
+        there, and a shard that is damaged.
         """
-        found = [self._row(int(number)) for number in numbers]
-        if not found:
-            tensors = {name: shape for name, shape in self.facts["tensors"].items() if name != MIRRORED}
-            return {name: torch.empty(0, *shape) for name, shape in tensors.items()}
-        return {name: torch.cat([row[name] for row in found]) for name in found[0]}
+        there = (*((LATENTS,) if self.shape is not None else ()), *self.embeddings)
+        names = there if names is None else names
+        for name in names:
+            if name not in there:
+                raise ValueError(f"encoded: {self.folder} has no {name}; there are {', '.join(there)}")
+        if not len(numbers):
+            return {name: torch.empty(0, *self.facts["tensors"][name]) for name in names}
+        found = [self._row(int(number), names) for number in numbers]
+        return {name: torch.cat([row[name] for row in found]) for name in names}
 
     def check(self, pipe_class: str, vae: Mapping[str, Any] | None, encoders: Mapping[str, str]) -> None:
         """Raises ValueError, naming both, for rows that another pipeline, VAE or text encoders made.
@@ -156,17 +161,15 @@ class Encoded:
                 f"teacher's are {told[1]}"
             )
 
-    def _row(self, number: int) -> dict[str, Tensor]:
+    def _row(self, number: int, names: Sequence[str]) -> dict[str, Tensor]:
         """Row k, each [1, ...]."""
         if not 0 <= number < len(self):
             raise ValueError(f"encoded: row {number}; {self.folder} has rows 0 .. {len(self) - 1}")
         mirrored, number = divmod(number, self.facts["count"])
         k, place = divmod(number, self.facts["rows"])
         file = self._shard(k)
-        found = {name: file.get_slice(name)[place : place + 1] for name in self.embeddings}
-        if self.shape is not None:
-            found[LATENTS] = file.get_slice(MIRRORED if mirrored else LATENTS)[place : place + 1]
-        return found
+        keys = {name: MIRRORED if mirrored and name == LATENTS else name for name in names}
+        return {name: file.get_slice(key)[place : place + 1] for name, key in keys.items()}
 
     def _shard(self, k: int) -> Any:
         if k in self._files:

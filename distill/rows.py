@@ -103,7 +103,7 @@ class Rows:
         stored = stored.to(getattr(torch, self.config.dtype)) if stored.is_floating_point() else stored
         if not bool(stored.isfinite().all()):
             finite = bool(value.isfinite().all())
-            why = f"is not finite in {self.config.dtype}; accepted dtypes are wider" if finite else "is not finite"
+            why = f"is too large for dtype: {self.config.dtype}; float32 has room" if finite else "is not finite"
             raise ValueError(f"{called}: its {what} {why}")
         return stored.contiguous()
 
