@@ -1,35 +1,159 @@
-"""What a run of `distill train` would do, said before it is done: `--dry-run`."""
+"""What a run of `distill train` would do, said before it is done: `--dry-run`.
+
+The networks of a pipeline are built from its configurations alone (`distill.skeleton`), so that a laptop answers in
+seconds for models and machines that it could not hold.
+"""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 
+from distill.blueprint import blueprint
+from distill.budget import Budget, Networks, budget, largest_fitting
 from distill.config import Train
 from distill.experiment import real_samples, untrained_heads
+from distill.folders import pipeline_folder
+from distill.hardware import SHARE, Hardware
+from distill.noise import check_log_normal, check_range
+from distill.stock import Steps
 from distill.subject import checked_subject
+from distill.teacher import Teacher
+
+_GIB = 2**30
 
 
-def plan(config: Train) -> list[str]:
+def plan(config: Train, hardware: Hardware | None = None) -> list[str]:
     """What a run would do, as lines: passes and samples, and what its networks are if the teacher is here.
 
-    What `train` would refuse about the teacher, the networks and the data is refused here; the run folder is not
-    looked at, and no samples are made.
+    hardware: where it would run; None is what this process was launched on. What `train` would refuse about the
+    teacher, the networks and the noise levels is refused here; the run folder is not looked at, no weights are read
+    but for their names and shapes, and no samples are made.
     """
     lines = [f"{config.steps} updates of {config.batch_size} samples: {config.steps * config.batch_size:,} in all"]
     lines += [*passes(config), *first_stage(config), *notices(config)]
-    if config.teacher.path is not None and not Path(config.teacher.path).exists():
+    if config.teacher.path is not None and not _is_here(config.teacher.path):
         return [*lines, f"teacher: {config.teacher.path} is not here, so the networks were not built"]
+    if config.teacher.name != "pipeline":
+        return [*lines, *_toy(config)]
+    hardware = hardware or Hardware.present()
+    networks, teacher, steps = blueprint(config, hardware)
+    return [*lines, *_of_pipeline(config, networks, teacher, steps), *_needs(config, networks, hardware)]
+
+
+def _is_here(path: str) -> bool:
+    """Whether the teacher can be looked at: a folder, or a repository in the hub's cache."""
+    if Path(path).exists():
+        return True
+    try:
+        return pipeline_folder(path).is_dir()
+    except ValueError:
+        return False
+
+
+def _toy(config: Train) -> list[str]:
     device = torch.device("cpu")
     subject, low, high = checked_subject(config, device)
     heads = untrained_heads(config, subject, device)
     if config.real.name == "data":
         real_samples(config, subject, Accelerator())
-    lines.append(f"samples of shape {list(subject.shape)}, noise levels {low:.6g} .. {high:.6g}")
+    lines = [_shape(subject.shape, low, high)]
     for name, network in (("student", subject.student), ("fake", subject.fake), ("discriminator", heads)):
         if network is not None:
-            lines.append(f"{name}: {sum(p.numel() for p in network.parameters()):,} parameters")
+            lines.append(_parameters(name, network))
     return lines
+
+
+def _of_pipeline(config: Train, networks: Networks, teacher: Teacher, steps: Steps) -> list[str]:
+    """The networks, and the levels that they would see."""
+    low, high = check_range(config.noise.sigma_min, config.noise.sigma_max, teacher.sigma_min, teacher.sigma_max)
+    check_log_normal("fake.noise", config.fake.noise, low, high)
+    if config.real.name == "teacher" and config.real.count < (teacher.n_classes or 1):
+        raise ValueError(f"real.count: {config.real.count} is less than one for each of {teacher.n_classes} classes")
+    network = networks.teacher.network
+    lines = [_shape(teacher.shape, low, high)]
+    lines.append(
+        f"teacher: {networks.teacher.kind}, {type(network).__name__} with {type(teacher.scheduler).__name__}, "
+        f"{_name(next(network.parameters()).dtype)}"
+    )
+    levels = ", ".join(f"{sigma:.4g}" for sigma in steps.sigmas)
+    lines.append(f"student's noise levels: {levels}; exported as a {steps.pipeline} with {_kind(steps.scheduler)}")
+    for name, part in (("student", networks.student), ("fake", networks.fake)):
+        lines.append(_parameters(name, part.network))
+        trained = sum(p.numel() for p in part.network.parameters() if p.requires_grad)
+        if getattr(config, name).lora.rank is not None:
+            lines.append(f"{name}: {trained:,} of them are adapters, which are trained; the others are the teacher's")
+    if networks.heads is not None:
+        lines.append(_parameters("discriminator", networks.heads))
+    return lines
+
+
+def _needs(config: Train, networks: Networks, hardware: Hardware) -> list[str]:
+    """Memory and time on some hardware."""
+    parts = config.memory.accumulation or hardware.parts
+    rows = config.batch_size // (hardware.processes * parts)
+    if not rows:
+        return [f"memory: a batch of {config.batch_size} is less than one for {hardware.processes} x {parts} parts"]
+    needed = budget(config, networks, hardware, rows)
+    gib, limit = needed.peak / _GIB, hardware.memory / _GIB
+    lines = [f"on {hardware}; {rows} samples at a time, {parts} times for an update, in each process"]
+    lines += [f"  {name}: {_size(size)}" for name, size in needed.held.items()]
+    lines += [f"  in {name}: {_size(size)}" for name, size in needed.moments.items()]
+    verdict = "fits" if needed.peak <= hardware.memory else "does not fit"
+    advice = _advice(config, networks, hardware, needed)
+    lines.append(f"memory of a process: {gib:.2f} GiB, which {verdict} into {limit:.1f} GiB{advice}")
+    if networks.teacher.encoders:
+        words = sum(networks.teacher.encoders.values()) * 4
+        lines.append(f"  before it begins, text encoders: {_size(words)} in float32 on the CPU, unless prompts.encoded")
+    return [*lines, *_time(config, needed, hardware)]
+
+
+def _advice(config: Train, networks: Networks, hardware: Hardware, now: Budget) -> str:
+    if now.peak <= hardware.memory:
+        return ""
+    fitting = largest_fitting(lambda rows: budget(config, networks, hardware, rows), now, hardware.memory)
+    if not fitting:
+        return "; not even one sample does (memory.checkpointing, lora.rank and FSDP need less)"
+    parts = -(-config.batch_size // (hardware.processes * fitting))
+    return f"; {fitting} samples at a time would: memory.accumulation {parts}"
+
+
+def _time(config: Train, needed: Budget, hardware: Hardware) -> list[str]:
+    update = sum(needed.update.values())
+    shares = ", ".join(f"{name} {flops / update:.0%}" for name, flops in needed.update.items())
+    hours = config.steps * update / hardware.speed / 3600
+    percent = f"{SHARE:.0%} of the peak of {hardware}"
+    return [
+        f"an update: {update:.2e} FLOP ({shares})",
+        f"{config.steps} updates: {config.steps * update:.2e} FLOP, {_duration(hours)} at {percent}",
+    ]
+
+
+def _shape(shape: tuple[int, ...], low: float, high: float) -> str:
+    return f"samples of shape {list(shape)}, noise levels {low:.6g} .. {high:.6g}"
+
+
+def _parameters(name: str, network: torch.nn.Module) -> str:
+    return f"{name}: {sum(p.numel() for p in network.parameters()):,} parameters"
+
+
+def _kind(scheduler: Any) -> str:
+    return type(scheduler).__name__
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _size(size: float) -> str:
+    return f"{size / _GIB:.2f} GiB" if size >= 0.01 * _GIB else f"{size / 2**20:.2f} MiB"
+
+
+def _duration(hours: float) -> str:
+    if hours < 1:
+        return f"{hours * 60:.1f} minutes"
+    return f"{hours:.1f} hours" if hours < 72 else f"{hours / 24:.1f} days"
 
 
 def first_stage(config: Train) -> list[str]:
@@ -66,8 +190,12 @@ def passes(config: Train) -> list[str]:
     k, guided = config.fake.steps, " (2 where guided)" if config.teacher.guidance != 1 else ""
     if config.target.name == "score-interpolation":
         guided += f" (on the way, for {config.target.updates} updates, the last node's 1 more)"
+    before = (
+        f" ({(config.student.steps - 1) / 2:g} more without a graph, on average)" if config.student.steps > 1 else ""
+    )
     lines = [
-        f"an update: student 1 forward, 1 backward; teacher 1 forward{guided}; fake score {1 + k} forward, {k} backward"
+        f"an update: student 1 forward{before}, 1 backward; teacher 1 forward{guided}; fake score {1 + k} forward, "
+        f"{k} backward"
     ]
     if config.real.name != "none":
         where = config.discriminator.features

@@ -60,23 +60,33 @@ class Skeleton:
     def vae(self) -> Any:
         return getattr(self.pipe, "vae", None)
 
-    def condition(self, rows: int) -> Any:
-        """What the network is given for `rows` samples: labels, embeddings, or None."""
+    @property
+    def worded(self) -> bool:
+        """Whether the network is told of words."""
+        return self.kind in PIPELINES and bool(PIPELINES[self.kind].embeddings)
+
+    def embeddings(self, rows: int) -> dict[str, tuple[int, ...]]:
+        """The shapes of the embeddings of `rows` prompts, by the names of the pipeline's arguments."""
         config = self.network.config
-        if not (self.kind in PIPELINES and PIPELINES[self.kind].embeddings):
-            has_labels = config.get("num_class_embeds") or config.get("num_embeds_ada_norm")
-            return torch.zeros(rows, dtype=torch.long, device=META) if has_labels else None
         names = ("joint_attention_dim", "caption_channels", "cross_attention_dim")
         words = next(config[name] for name in names if config.get(name))
         pooled = config.get("pooled_projection_dim")
         if self.kind == "StableDiffusionXLPipeline":
             pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        sizes = {
+        shapes = {
             "prompt_embeds": (rows, self.tokens, words if isinstance(words, int) else words[0]),
             "pooled_prompt_embeds": (rows, pooled),
             "prompt_attention_mask": (rows, self.tokens),
         }
-        embeddings = {name: torch.zeros(sizes[name], device=META) for name in PIPELINES[self.kind].embeddings}
+        return {name: shapes[name] for name in PIPELINES[self.kind].embeddings}
+
+    def condition(self, rows: int) -> Any:
+        """What the network is given for `rows` samples: labels, embeddings, or None."""
+        config = self.network.config
+        if not self.worded:
+            has_labels = config.get("num_class_embeds") or config.get("num_embeds_ada_norm")
+            return torch.zeros(rows, dtype=torch.long, device=META) if has_labels else None
+        embeddings = {name: torch.zeros(shape, device=META) for name, shape in self.embeddings(rows).items()}
         return condition(self.pipe, embeddings, height=self.height, width=self.width)
 
     def call(self, rows: int) -> tuple[Callable[[], Tensor], list[Tensor]]:
