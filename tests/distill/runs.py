@@ -23,17 +23,33 @@ def entries(folder: Path) -> list[str]:
     return sorted(str(p.relative_to(folder)) for p in folder.rglob("*"))
 
 
-def launch(place: Path, *arguments: object) -> str:
-    """`accelerate launch` with two processes on a port that is free; returns both streams."""
+DDP = ("--multi_gpu",)
+FSDP = ("--use_fsdp", "--fsdp_version", 2)
+
+
+def launcher(kind: tuple[object, ...] = DDP, precision: str = "no", compiler: str = "no") -> tuple[object, ...]:
+    """The words of `accelerate launch` with two processes on a port that is free."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     # With --cpu the launcher starts one process whatever --num_processes says (accelerate 1.15), unless through MPI;
     # with --multi_gpu it starts two, and the environment keeps them on the CPU.
-    launcher = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2, "--num_machines", 1)
-    more = ("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", port, "-m", "distill.cli")
-    environment = {"PYTHONPATH": str(Path(__file__).parents[2]), "ACCELERATE_USE_CPU": "true"}
-    result = fresh(*launcher, *more, *arguments, cwd=place, timeout=400, **environment)
+    words = ("-m", "accelerate.commands.launch", *kind, "--num_processes", 2, "--num_machines", 1)
+    return (*words, "--mixed_precision", precision, "--dynamo_backend", compiler, "--main_process_port", port)
+
+
+def launch(
+    place: Path,
+    *arguments: object,
+    kind: tuple[object, ...] = DDP,
+    precision: str = "no",
+    compiler: str = "no",
+    **environment: str,
+) -> str:
+    """`accelerate launch` of the command with two processes; returns the exit code and both streams."""
+    words = (*launcher(kind, precision, compiler), "-m", "distill.cli", *arguments)
+    variables = {"PYTHONPATH": str(Path(__file__).parents[2]), "ACCELERATE_USE_CPU": "true"} | environment
+    result = fresh(*words, cwd=place, timeout=400, **variables)
     return f"{result.returncode}\n{result.stdout}\n{result.stderr}"
 
 

@@ -6,19 +6,19 @@ import pytest
 
 from distill import checkpoint
 from tests.distill.command import distill
-from tests.distill.runs import launch, lines
+from tests.distill.runs import DDP, FSDP, launch, lines
 from tests.distill.tiny import TEACH, TRAIN, write_config
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["train", "teach"])
-def test_two_processes_learn_what_one_does(place: Path, kind: str) -> None:
+@pytest.mark.parametrize(("kind", "how"), [("train", DDP), ("train", FSDP), ("teach", DDP)])
+def test_two_processes_learn_what_one_does(place: Path, kind: str, how: tuple[object, ...]) -> None:
     """The first ten losses agree to 1e-4; a run begun by two is resumed by one."""
     base = {"train": TRAIN | {"fake": {"steps": 2}}, "teach": TEACH}[kind]
     logging = {"log_every": 1, "sample_every": 100, "checkpoint_every": 5}
     config = write_config(place, base, steps=10, batch_size=16, logging=logging)
     assert distill(kind, "--config", config, "--run", "one", cwd=place).code == 0
-    text = launch(place, kind, "--config", config, "--run", "two")
+    text = launch(place, kind, "--config", config, "--run", "two", kind=how)
     assert text.startswith("0\n"), text
     one, two = lines(place / "one"), lines(place / "two")
     assert [line["step"] for line in two] == list(range(1, 11))  # written by one process only
