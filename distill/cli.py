@@ -127,6 +127,8 @@ def _parse(arguments: list[str]) -> tuple[str, Namespace]:
         sub.add_argument("--resume", action="store_true", help="continue the run from its last checkpoint")
         if name == "train":
             sub.add_argument("--dry-run", action="store_true", help="say what the run would do, and stop")
+            hardware = "for --dry-run: where else it might run, as 8xH100,bf16,fsdp (default: this launch)"
+            sub.add_argument("--hardware", type=str, help=hardware)
         sub.add_class_arguments(schema, as_group=False)
         commands.add_subcommand(name, sub, help=sub.description)
     commands.add_subcommand("sample", _sample_parser(), help="Write a grid of samples of a run or a pipeline.")
@@ -207,6 +209,7 @@ def _experiment(command: str, arguments: Namespace) -> None:
     """`distill teach`, `distill degrade` and `distill train`."""
     values = arguments.as_dict()
     resume, dry_run = values.pop("resume"), values.pop("dry_run", False)
+    hardware = values.pop("hardware", None)
     values.pop("config", None)
     if command == "degrade":
         _degrade(values, resume)
@@ -214,12 +217,15 @@ def _experiment(command: str, arguments: Namespace) -> None:
     config = COMMANDS[values["command"]].model_validate(values)
 
     if dry_run:
+        from distill.hardware import Hardware
         from distill.plan import plan
 
-        for line in plan(config):  # type: ignore[arg-type]
+        for line in plan(config, Hardware.parse(hardware) if hardware else None):  # type: ignore[arg-type]
             _say(line)
         return
 
+    if hardware is not None:
+        raise ValueError(f"--hardware: {hardware}; only --dry-run has a use for it")
     if config.command == "train":
         from distill.plan import notices
 

@@ -22,7 +22,7 @@ FILES = sorted(
 def parse(*arguments: object) -> Teach | Train:
     command, parsed = _parse([str(a) for a in arguments])
     values = parsed.as_dict()
-    known = {"resume", "config"} | ({"dry_run"} if command == "train" else set())
+    known = {"resume", "config"} | ({"dry_run", "hardware"} if command == "train" else set())
     assert known <= values.keys()
     return COMMANDS[command].model_validate({k: v for k, v in values.items() if k not in known})
 
