@@ -1,17 +1,29 @@
-"""The model cards (README.md) of exported folders."""
+"""The model cards (README.md) of exported folders: what was distilled and how, and the exact call that runs it."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
 
 from distill.config import Teach, Train
+from distill.sections import Optimizer
+from distill.student_run import StudentRun
+from samplers.adapters import FlowMatching
+from samplers.prompts import PIPELINES
 
-_HEADER = """---
-library_name: diffusers
-pipeline_tag: {task}
----
-
-"""
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+# Their loops give the generator to the first noise only; what is added between steps is torch's global noise.
+_GLOBAL_NOISE = ("DiTPipeline", "FluxPipeline", "StableDiffusion3Pipeline")
+_TEXTS = ("text_encoder", "tokenizer")
 
 
-def _task(classes: list[str]) -> str:
-    return "unconditional-image-generation" if not classes else "image-generation"
+def _header(task: str, base: str | None = None) -> str:
+    known = "" if base is None else f"base_model: {base}\n"
+    return f"---\nlibrary_name: diffusers\npipeline_tag: {task}\n{known}---\n\n"
+
+
+def _task(labelled: bool) -> str:
+    return "image-generation" if labelled else "unconditional-image-generation"
 
 
 def teacher_card(config: Teach, classes: list[str]) -> str:
@@ -19,7 +31,7 @@ def teacher_card(config: Teach, classes: list[str]) -> str:
     source = "scikit-learn's 8x8 digits (training half)" if config.data.name == "digits" else "a folder of images"
     labels = f"\nClasses, by label: {', '.join(classes)}; label {len(classes)} is the null label.\n" if classes else ""
     return (
-        _HEADER.format(task=_task(classes))
+        _header(_task(bool(classes)))
         + f"""# An EDM denoiser
 
 A `UNet2DModel` trained for {config.steps} updates of {config.batch_size} images on {source}: D(x, sigma) for sigma in
@@ -44,34 +56,191 @@ images = sample(heun, denoiser, x.float(), sigmas{", torch.arange(10)" if classe
     )
 
 
-def student_card(config: Train, classes: list[str]) -> str:
-    """The card of a one-step student."""
-    labels = "class_labels=[0, 1, 2, 3], " if classes else ""
-    named = f"\nClasses, by label: {', '.join(classes)}.\n" if classes else ""
-    return (
-        _HEADER.format(task=_task(classes))
-        + f"""# A one-step student
+def student_card(student: StudentRun, index: dict[str, Any]) -> str:
+    """The card of a student's pipeline folder. index: the model_index.json of that folder."""
+    name = student.steps.pipeline
+    missing = [part for part, entry in index.items() if part.startswith(_TEXTS) and entry[0] is None]
+    options = "".join(f", {part}=None" for part in missing)
+    loading = f"""from diffusers import {name}
 
-Distilled by distribution matching in {config.steps} updates of {config.batch_size} samples.
-Divergence: {_divergence(config)}; target: {config.target.name}. One evaluation makes an image from noise:
+pipe = {name}.from_pretrained("FOLDER"{options})"""
+    return _card(student, loading)
 
-```python
-from diffusers import ConsistencyModelPipeline
 
-pipe = ConsistencyModelPipeline.from_pretrained("FOLDER")
-images = pipe(batch_size=4, {labels}num_inference_steps=1).images
-```
-
-`ConsistencyModelPipeline` with `CMStochasticIterativeScheduler` is exact for this student: its one step from
-sigma_max = {config.student.sigma_init} (the student's sigma_init) returns D(sigma_max z, sigma_max), because
-`clip_denoised` is off. More steps mean nothing: the student was trained at this noise level only.
-{named}"""
+def lora_card(student: StudentRun, file: str) -> str:
+    """The card of a student's adapters, which are in `file`."""
+    name, scheduler, base = student.index["_class_name"], type(student.steps.scheduler).__name__, _base(student)
+    peft, loading = "", 'pipe.load_lora_weights("FOLDER")'
+    if file.startswith("adapter"):
+        peft, loading = (
+            "from peft import PeftModel\n",
+            f'pipe.{student.part} = PeftModel.from_pretrained(pipe.{student.part}, "FOLDER").merge_and_unload()',
+        )
+    if student.in_pixels:
+        name = student.steps.pipeline
+    return _card(
+        student,
+        f"""from diffusers import {name}, {scheduler}
+{peft}
+pipe = {name}.from_pretrained("{base or "BASE"}")
+pipe.scheduler = {scheduler}.from_pretrained("FOLDER", subfolder="scheduler")
+{loading}""",
     )
 
 
-def _divergence(config: Train) -> str:
-    choice = config.divergence
-    name = choice.name if choice.exponent is None else f"{choice.name}({choice.exponent:g})"
-    if not config.adversarial_weight:
-        return name
-    return f"{name}, with an adversarial term of weight {config.adversarial_weight:g}"
+def _card(student: StudentRun, loading: str) -> str:
+    n, base = len(student.steps), _base(student)
+    name = "A one-step student" if n == 1 else f"A student of {n} steps"
+    task = "text-to-image" if _has_words(student) else _task(_has_labels(student))
+    sections = (
+        f"# {name}\n\nDistilled from {_origin(student)} by {_method(student.config)}.",
+        f"## How to run\n\n```python\n{loading}\n{_call(student)}\n```\n\n{_exactness(student)}",
+        _labels(student),
+        f"## How it was made\n\n{_table(_settings(student))}",
+        _evaluation(student.folder),
+        f"What the licence of {base or 'the base model'} says of derived works holds for this one." if base else "",
+    )
+    return _header(task, base) + "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _base(student: StudentRun) -> str | None:
+    """The hub id of the teacher, where it has one."""
+    path = str(student.config.teacher.path)
+    return path if _HUB_ID.fullmatch(path) and not Path(path).exists() else None
+
+
+def _origin(student: StudentRun) -> str:
+    """The teacher, as far as others know it: where it lay on a disk is nobody's business."""
+    base, kind = _base(student), student.index["_class_name"]
+    return f"a `{kind}`" if base is None else f"[{base}](https://huggingface.co/{base}), a `{kind}`"
+
+
+def _method(config: Train) -> str:
+    """The method in the names of its papers."""
+    choice, target = config.divergence, config.target
+    if choice.constant:
+        name = "distribution matching (reverse KL)"
+    else:
+        of = choice.name if choice.exponent is None else f"{choice.name}({choice.exponent:g})"
+        name = f"f-divergence distribution matching (f-distill), divergence {of}"
+    if config.adversarial_weight:
+        name += f", with an adversarial term of weight {config.adversarial_weight:g}"
+    if target.name != "fixed":
+        name += f", along a path back from a degraded teacher (DisBack, {target.name})"
+    return name
+
+
+def _call(student: StudentRun) -> str:
+    """The pipeline's call that takes the student's steps."""
+    arguments = [f"{name}={value!r}" for name, value in student.call.items()]
+    if _has_words(student):
+        return "image = pipe(" + ", ".join(['"a red fox"', *arguments]) + ").images[0]"
+    if student.index["_class_name"] == "DiTPipeline":
+        return f"images = pipe({', '.join(['class_labels=[207, 360]', *arguments])}).images"
+    labels = ["class_labels=[0, 1, 2, 3]"] if _has_labels(student) else []
+    return f"images = pipe({', '.join(['batch_size=4', *labels, *arguments])}).images"
+
+
+def _exactness(student: StudentRun) -> str:
+    steps = student.steps
+    levels = ", ".join("infinity" if sigma >= FlowMatching.sigma_limit else f"{sigma:.6g}" for sigma in steps.sigmas)
+    words = [
+        f"`{steps.pipeline}` with the `{type(steps.scheduler).__name__}` in this folder takes exactly the student's "
+        f"step{'s' if len(steps) > 1 else ''}, at the noise level{'s' if len(steps) > 1 else ''} {levels} (noise over "
+        "signal). The student was trained there only: other schedulers and other numbers of steps mean nothing."
+    ]
+    if "guidance_scale" in steps.call:
+        fed = "is what its network is fed" if steps.call["guidance_scale"] != 1 else "is no guidance"
+        words.append(
+            f"`guidance_scale={steps.call['guidance_scale']:g}` {fed}: the teacher's guidance is in the weights."
+        )
+    if len(steps) > 1 and steps.pipeline in _GLOBAL_NOISE:
+        words.append(
+            "The pipeline draws the noise between steps from torch's global generator: for the same pictures again, "
+            "call `torch.manual_seed` besides giving a `generator`."
+        )
+    return "\n".join(words)
+
+
+def _labels(student: StudentRun) -> str:
+    classes = _classes(student)
+    return f"Classes, by label: {', '.join(classes)}." if classes else ""
+
+
+def _settings(student: StudentRun) -> dict[str, str]:
+    config, lora = student.config, student.config.student.lora
+    teacher = config.teacher
+    guidance = f"{teacher.guidance:g}" if teacher.guidance != 1 else "none"
+    if teacher.guidance != 1 and teacher.guidance_interval is not None:
+        guidance += " between noise levels {:g} and {:g}".format(*teacher.guidance_interval)
+    if teacher.negative_prompt:
+        guidance += f", away from {teacher.negative_prompt!r}"
+    real = {"none": "none", "data": "images", "teacher": "samples of the teacher"}[config.real.name]
+    rows = {
+        "Updates of the student": f"{_step(student)} of {config.steps}, of {config.batch_size} samples",
+        "Updates of the fake score for each": str(config.fake.steps),
+        "Optimiser of the student": _optimizer(config.student.optimizer),
+        "Optimiser of the fake score": _optimizer(config.fake.optimizer),
+        "Average of the weights": f"decay {config.student.ema:g}; it is what is here",
+        "Teacher's guidance": guidance,
+        "Target": config.target.name,
+        "Real samples": real,
+        "Weighting": config.noise.weighting,
+        "Seed": str(config.seed),
+    }
+    if lora.rank is not None:
+        rows["Adapters"] = f"rank {lora.rank}, alpha {lora.alpha or lora.rank:g}"
+    return rows
+
+
+def _optimizer(optimizer: Optimizer) -> str:
+    betas = ", ".join(f"{beta:g}" for beta in optimizer.betas)
+    return f"AdamW, learning rate {optimizer.lr:g}, betas ({betas}), {optimizer.schedule}"
+
+
+def _step(student: StudentRun) -> int:
+    return int(student.checkpoint.name.rpartition("-")[2])
+
+
+def _table(rows: dict[str, str]) -> str:
+    return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows.items())])
+
+
+def _evaluation(run: Path) -> str:
+    """The results of distill-fid that lie in a run's folder, as evaluation*.json and *.jsonl; "" without any."""
+    rows = []
+    for file in sorted((*run.glob("evaluation*.json"), *run.glob("evaluation*.jsonl"))):
+        texts = file.read_text().splitlines() if file.suffix == ".jsonl" else [file.read_text()]
+        for result in (json.loads(text) for text in texts if text.strip()):
+            for space, metrics in result["values"].items():
+                for metric, value in metrics.items():
+                    interval = value.get("interval")
+                    spread = "" if interval is None else " ({:.4g} to {:.4g})".format(*interval)
+                    rows.append(
+                        f"| {result['name']} | {space} | {metric} | {value['value']:.4g}{spread} | {result['n']} |"
+                    )
+    if not rows:
+        return ""
+    return "\n".join(
+        (
+            "## Evaluation\n",
+            "By `distill-fid`; in parentheses, intervals of 95 %.\n",
+            "| of | features | metric | value | samples |",
+            "| --- | --- | --- | --- | --- |",
+            *rows,
+        )
+    )
+
+
+def _classes(student: StudentRun) -> list[str]:
+    return list(student.facts.get("classes", []))
+
+
+def _has_labels(student: StudentRun) -> bool:
+    labels = (student.network.get(name) for name in ("num_class_embeds", "num_embeds_ada_norm"))
+    return bool(_classes(student)) or (not _has_words(student) and any(count is not None for count in labels))
+
+
+def _has_words(student: StudentRun) -> bool:
+    kind = PIPELINES.get(student.index["_class_name"])
+    return kind is not None and bool(kind.embeddings)

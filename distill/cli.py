@@ -195,6 +195,8 @@ def _export_parser() -> ArgumentParser:
     )
     parser.add_argument("run", type=str, help="the run folder of `distill train`")
     parser.add_argument("folder", type=str, help="the folder to write")
+    parser.add_argument("--base", type=str, help="the teacher's pipeline, if it is not where the run found it")
+    parser.add_argument("--lora", action="store_true", help="of a student with adapters: a stock LoRA file of them")
     return parser
 
 
@@ -265,10 +267,15 @@ def _sample(arguments: Namespace) -> None:
 
 def _export(arguments: Namespace) -> None:
     """`distill export`."""
-    from distill.export import export_student
+    from distill.export import export_lora, export_student
 
-    export_student(Path(arguments.run), Path(arguments.folder))
-    _say(f"{arguments.folder}: a ConsistencyModelPipeline; how to run it is in its README.md")
+    if arguments.lora and arguments.base is not None:
+        raise ValueError(f"--base: {arguments.base}; a LoRA file holds nothing of the teacher, accepted is one of both")
+    if arguments.lora:
+        written = export_lora(arguments.run, arguments.folder)
+    else:
+        written = f"a {export_student(arguments.run, arguments.folder, arguments.base)}"
+    _say(f"{arguments.folder}: {written}; how to run it is in its README.md")
 
 
 def _gaussian(arguments: Namespace) -> None:

@@ -1,25 +1,33 @@
 """Teachers and students as ordinary diffusers pipeline folders, which load where this library is not installed.
 
-A class-conditional EDM denoiser fits one stock pipeline: ConsistencyModelPipeline with CMStochasticIterativeScheduler,
-whose scalings are EDM's up to the boundary sigma_min and whose timestep is 250 ln sigma. One step of it from
-sigma_max = sigma_init returns D(sigma_init z, sigma_init), clip_denoised being off: the student, exactly.
+A student's folder is its teacher's pipeline with the student's network and a stock scheduler, by which the pipeline's
+own call takes exactly the student's steps (`distill.stock`). The other parts are copied, file by file. Students with
+adapters are merged into the teacher's weights, or written as the adapters alone, as a stock LoRA file.
 """
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from distill import checkpoint
-from distill.card import student_card
-from distill.config import Train
-from distill.folders import FACTS, read_facts
-from distill.run import read_record
+from distill.card import lora_card, student_card
+from distill.folders import FACTS, UNUSED, index_of, read_facts
+from distill.student_run import NETWORKS, StudentRun
 from samplers.atomic import atomic_folder
 
-EXPORTABLE = "CMStochasticIterativeScheduler"
-_WRITTEN = ("README.md", FACTS, "model_index.json", "scheduler", "unet")
+LORA_FILE = "pytorch_lora_weights.safetensors"
+_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")  # peft's own, where diffusers has no loader
+_PARTS = (
+    *NETWORKS,
+    *UNUSED,
+    "scheduler",
+    "vae",
+    *(f"{part}{k}" for part in ("text_encoder", "tokenizer") for k in ("", "_2", "_3")),
+)
+_WRITTEN = ("README.md", FACTS, "model_index.json", LORA_FILE, *_ADAPTER_FILES, *_PARTS)
+_WEIGHTS = (".safetensors", ".bin", ".ckpt", ".h5", ".msgpack", ".onnx", ".onnx_data", ".pt", ".pth")
 
 
 def teacher_scheduler(sigma_data: float, sigma_min: float, sigma_max: float) -> Any:
@@ -42,8 +50,7 @@ def save_pipeline(folder: Path, network: nn.Module, scheduler: Any, facts: dict[
     check_replaceable(folder, facts["kind"])
     with atomic_folder(folder) as draft:
         ConsistencyModelPipeline(network, scheduler).save_pretrained(draft, safe_serialization=True)
-        (draft / FACTS).write_text(json.dumps(facts, indent=1))
-        (draft / "README.md").write_text(card)
+        _describe(draft, facts, card)
 
 
 def check_replaceable(folder: Path, kind: str) -> None:
@@ -60,56 +67,113 @@ def check_replaceable(folder: Path, kind: str) -> None:
         raise ValueError(f"{folder}: holds a pipeline that is no {kind} of this library; choose another folder")
 
 
-def load_student_network(run: Path) -> tuple[Any, Any, dict[str, Any], Train]:
-    """The averaged student of a run's newest checkpoint: its network, scheduler, facts and configuration.
+def export_student(run: str | Path, folder: str | Path, base: str | Path | None = None) -> str:
+    """Writes the student of a run as a stock pipeline folder, and returns the name of its class.
 
-    The null label, which a student never sees, is cut from the class embedding. Raises ValueError for a folder that is
-    no run of `distill train`, or has no checkpoint yet.
+    run: of `distill train`, or one checkpoint of it. base: the teacher's pipeline folder, where it is not where the run
+    found it (students of pixels without adapters need none). The folder is moved into place when complete.
+    Raises ValueError for a run without a checkpoint, a base that is not the teacher's, parts of it without safetensors,
+    and a `folder` that holds anything but an earlier export; OSError if it cannot be written.
     """
-    import diffusers
-
-    record = read_record(run)
-    if record.get("command") != "train":
-        raise ValueError(f"{run}: is no run folder of `distill train`")
-    config = Train.model_validate(record)
-    if config.teacher.name != "pipeline":
-        raise ValueError(
-            f"{run}: is a run of the toy {config.teacher.name}, which is no pipeline; its pictures are in {run}/samples"
-        )
-    found = checkpoint.newest(run / "checkpoints")
-    if found is None:
-        raise ValueError(f"{run}: has no checkpoint yet")
-
-    network_config = json.loads((run / "network/unet/config.json").read_text())
-    index = json.loads((run / "network/model_index.json").read_text())
-    scheduler_config = json.loads((run / "network/scheduler/scheduler_config.json").read_text())
-    scheduler = getattr(diffusers, index["scheduler"][1]).from_config(scheduler_config)
-    facts = read_facts(run / "network")
-
-    weights = {k.removeprefix("network."): v for k, v in checkpoint.load_weights(found, "average").items()}
-    if facts.get("null_label") is not None:
-        network_config["num_class_embeds"] = facts["null_label"]
-        weights["class_embedding.weight"] = weights["class_embedding.weight"][: facts["null_label"]].clone()
-    network = diffusers.UNet2DModel.from_config(network_config)
-    network.load_state_dict(weights, strict=True)
-    facts = {"kind": "student", "classes": facts.get("classes", []), "null_label": None}
-    return network.eval(), scheduler, facts, config
-
-
-def export_student(run: Path, folder: Path) -> None:
-    """Writes the student of a run as a stock pipeline folder: one step gives the student's images.
-
-    Raises ValueError for a teacher in coordinates for which no stock pipeline gives exactly the student.
-    """
-    from diffusers import CMStochasticIterativeScheduler
-
+    folder = Path(folder)
     check_replaceable(folder, "student")
-    network, scheduler, facts, config = load_student_network(run)
-    if type(scheduler).__name__ != EXPORTABLE:
-        raise ValueError(
-            f"{run}: its teacher has a {type(scheduler).__name__}; a stock pipeline that gives exactly the one-step "
-            f"student is known for {EXPORTABLE}"
-        )
-    settings = {"sigma_max": config.student.sigma_init, "clip_denoised": False}
-    one_step = CMStochasticIterativeScheduler.from_config(scheduler.config, **settings)
-    save_pipeline(folder, network, one_step, facts, student_card(config, facts["classes"]))
+    student = StudentRun.read(run)
+    steps, facts = student.steps, student_facts(student)
+    given = None if base is None else Path(base)
+    if student.in_pixels:
+        card = student_card(student, student.index)
+        save_pipeline(folder, student.load_network(given), steps.scheduler, facts, card)
+        return steps.pipeline
+    source = student.base(given)
+    index, files = _copied(source, student.part)
+    network = student.load_network(source)
+    with atomic_folder(folder) as draft:
+        for file in files:
+            (draft / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / file, draft / file)
+        network.save_pretrained(draft / student.part, safe_serialization=True)
+        steps.scheduler.save_pretrained(draft / "scheduler")
+        index["scheduler"] = ["diffusers", type(steps.scheduler).__name__]
+        (draft / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+        _describe(draft, facts, student_card(student, index))
+    return steps.pipeline
+
+
+def export_lora(run: str | Path, folder: str | Path) -> str:
+    """Writes the adapters of a run's student as a stock LoRA file beside its scheduler, and returns the file's name.
+
+    The factor alpha / rank is part of the weights. Families for which diffusers has no loader of LoRA files (DiT,
+    PixArt, UNet2DModel) get peft's own files. Raises ValueError for a student without adapters, otherwise what
+    `export_student` raises.
+    """
+    folder = Path(folder)
+    check_replaceable(folder, "student adapters")
+    student = StudentRun.read(run)
+    if not student.has_adapters:
+        raise ValueError(f"{run}: its student has no adapters (student.lora.rank); --lora is for those that have")
+    with atomic_folder(folder) as draft:
+        name = _write_adapters(draft, student, student.adapters())
+        student.steps.scheduler.save_pretrained(draft / "scheduler")
+        _describe(draft, student_facts(student) | {"kind": "student adapters"}, lora_card(student, name))
+    return name
+
+
+def student_facts(student: StudentRun) -> dict[str, Any]:
+    """What a student's distill.json says: its classes, its steps, and what its pipeline is called with."""
+    facts = {"kind": "student", "classes": student.facts.get("classes", []), "null_label": None}
+    return facts | student.steps.facts | {"call": student.call}
+
+
+def _describe(draft: Path, facts: dict[str, Any], card: str) -> None:
+    (draft / FACTS).write_text(json.dumps(facts, indent=1))
+    (draft / "README.md").write_text(card)
+
+
+def _copied(source: Path, part: str) -> tuple[dict[str, Any], list[Path]]:
+    """The model_index.json of a student of a pipeline, and the files that it shares with it, below the folder.
+
+    A part that no sample is made by is left out where it has no safetensors. Raises ValueError for another one.
+    """
+    index, files = dict(index_of(source)), []
+    for name, entry in index.items():
+        if name in (part, "scheduler") or not isinstance(entry, list) or len(entry) != 2 or entry[0] is None:
+            continue
+        held = sorted(file for file in (source / name).rglob("*") if file.is_file())
+        weights = [file for file in held if file.suffix in _WEIGHTS]
+        safe = [file for file in weights if is_plain_safetensors(file.name)]
+        if held and (safe or not weights):
+            files += [file.relative_to(source) for file in held if file in safe or file not in weights]
+        elif name in UNUSED:
+            index[name] = [None, None]
+        else:
+            raise ValueError(f"{source / name}: has no safetensors (without a variant), which a student needs")
+    index.pop("_name_or_path", None)
+    return index, files
+
+
+def is_plain_safetensors(name: str) -> bool:
+    """Whether a file of a pipeline's part holds weights that are read by default: of no variant, whole or a shard."""
+    stem, _, shard = name.removesuffix(".safetensors").partition("-")
+    return (
+        name.endswith(".safetensors")
+        and stem in ("model", "diffusion_pytorch_model")
+        and (not shard or "-of-" in shard)
+    )
+
+
+def _write_adapters(draft: Path, student: StudentRun, adapters: dict[str, Tensor]) -> str:
+    """Writes adapters as the pipeline's class does; where it has no loader for them, as peft does."""
+    import diffusers
+    from peft import LoraConfig
+    from safetensors.torch import save_file
+
+    save = getattr(getattr(diffusers, student.steps.pipeline), "save_lora_weights", None)
+    if save is not None:
+        save(draft, **{f"{student.part}_lora_layers": adapters}, safe_serialization=True)
+        return LORA_FILE
+    rank = student.config.student.lora.rank or 1
+    layers = sorted(name.removesuffix(".lora_A.weight") for name in adapters if name.endswith(".lora_A.weight"))
+    LoraConfig(r=rank, lora_alpha=rank, target_modules=layers).save_pretrained(str(draft))
+    prefixed = {f"base_model.model.{name}": tensor.contiguous() for name, tensor in adapters.items()}
+    save_file(prefixed, draft / _ADAPTER_FILES[1], metadata={"format": "pt"})
+    return _ADAPTER_FILES[1]

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill.export import load_student_network
 from distill.folders import load_pipeline
 from distill.noise import GENERATION
 from distill.prompts import PromptedPipeline
 from distill.recipe import LANDING, Recipe, Sampling, gaussian_of, read_recipe
 from distill.student import OneStep
+from distill.student_run import StudentRun
 from distill.teacher import Teacher
 from samplers import SOLVERS, Denoiser, SampleNoise, denoiser_from, sample, teleported
 from samplers.solvers import Solver
@@ -102,8 +102,8 @@ def _generator(recipe: Recipe, device: torch.device) -> ImageGenerator:
     latents = None
     denoiser: Denoiser
     if recipe.kind == "run":
-        network, scheduler, _, _ = load_student_network(recipe.folder)
-        denoiser = denoiser_from(network, scheduler).to(device)
+        run = StudentRun.read(recipe.folder)
+        denoiser = denoiser_from(run.load_network(), run.scheduler).to(device)
     elif recipe.kind in ("student", "teacher"):
         teacher = Teacher.load(recipe.folder)
         teacher.denoiser.to(device)

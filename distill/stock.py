@@ -59,11 +59,13 @@ def student_steps(
     sigma_init: float | None,
     steps: int,
     network_config: Mapping[str, Any],
+    guidance_embedding: float = GUIDANCE_EMBEDDING,
 ) -> Steps:
     """The steps of a student of a teacher with this scheduler, in the pipeline that it is exported to.
 
     sigma_init: the first level; None is where the stock pipeline starts. A network of discrete timesteps starts at the
     one that is nearest in log sigma. pipeline_class: the teacher's, by name. network_config: of its network.
+    guidance_embedding: what a guidance-distilled network (Flux) is fed, which its pipeline calls guidance_scale.
     Raises ValueError for a level outside the teacher's range, and a number of steps that no stock scheduler takes.
     """
     if steps < 1:
@@ -79,7 +81,7 @@ def student_steps(
     if kind is None or (kind.network == "unet" and not kind.embeddings):
         pipeline_class = PIXELS
     else:  # every pipeline of latents guides by default; where the scale is embedded, the network needs one
-        call["guidance_scale"] = GUIDANCE_EMBEDDING if network_config.get("guidance_embeds") else 1.0
+        call["guidance_scale"] = guidance_embedding if network_config.get("guidance_embeds") else 1.0
     if pipeline_class.startswith("PixArt") and network_config.get("sample_size") not in _BINNED:
         call["use_resolution_binning"] = False
 

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from distill import Teacher, load_generator
-from distill.export import load_student_network
-from samplers import SampleNoise
+from distill.student_run import StudentRun
+from samplers import SampleNoise, denoiser_from
 from tests.distill.command import distill, fresh
 from tests.distill.tiny import SIGMA_DATA, SIGMA_MAX, TEACH, TRAIN, save_teacher, write_config
 
@@ -65,13 +65,10 @@ def compare_with_stock(place: Path, exported: Path, run: Path, labels: torch.Ten
     assert result.returncode == 0, result.stderr
     out = np.load(place / "out.npz")
     assert np.isfinite(out["random"]).all()
-    network, scheduler, _, config = load_student_network(run)
-    from distill import OneStep
-    from samplers import denoiser_from
-
-    student = OneStep(denoiser_from(network, scheduler), config.student.sigma_init)
+    student = StudentRun.read(run)
+    denoiser, steps = denoiser_from(student.load_network(), student.scheduler), student.steps
     with torch.no_grad():
-        images = student(torch.from_numpy(out["noise"]), labels)
+        images = denoiser(steps.start * torch.from_numpy(out["noise"]), torch.tensor(steps.sigmas[0]), labels)
     ours = (images / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
     assert np.abs(ours - 0.5).mean() > 0.01  # not a grey plane
     return float(np.abs(ours - out["images"]).max())
