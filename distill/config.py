@@ -137,10 +137,27 @@ class Train(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _rows_are_whole(self) -> Self:
+        prompts, rows = self.prompts, self.real.encoded
+        if rows is not None and (prompts.file is not None or prompts.encoded not in (None, rows)):
+            raise ValueError(
+                f"prompts: {prompts.file or prompts.encoded}; with real.name: encoded the prompts are those beside the "
+                "latents, accepted is none"
+            )
+        return self
+
     @property
     def path(self) -> str:
         """The folder of the degradation path."""
         return self.target.path or f"{self.run}/path"
+
+    @property
+    def prompt_source(self) -> Prompts:
+        """Where prompts come from: where no file is named, from beside the real latents."""
+        if self.prompts.file is None and self.prompts.encoded is None:
+            return self.prompts.model_copy(update={"encoded": self.real.encoded})
+        return self.prompts
 
     def first_stage(self) -> "FirstStage":
         """What decides the degradation path, of all that decides this run."""
@@ -152,7 +169,7 @@ class Train(Section):
             sigma_init=self.student.sigma_init,
             student_steps=self.student.steps,
             lora=self.fake.lora,
-            prompts=self.prompts,
+            prompts=self.prompt_source,
             memory=self.memory,
             noise=self.fake.noise,
             sigma_min=self.noise.sigma_min,

@@ -16,10 +16,10 @@ from distill.losses import denoising_loss
 from distill.noise import Share
 from distill.optim import Update
 from distill.sections import Degradation
-from distill.student import OneStep
+from distill.student import Student
 from distill.targets import score_difference
 from samplers import Denoiser, SampleNoise
-from samplers.denoiser import expand
+from samplers.denoiser import expand, take_conditions
 
 GROWTH = math.sqrt(2)  # from one candidate's step to the next
 
@@ -64,11 +64,9 @@ class Probe:
     @torch.no_grad()
     def denoise(self, denoiser: Denoiser) -> Tensor:
         """D at all of it, [P, ...]."""
-        cond = [None] * math.ceil(len(self.x0) / self.rows)
-        if self.cond is not None:
-            cond = self.cond.split(self.rows)
-        parts = zip(self.x_sigma.split(self.rows), self.sigma.split(self.rows), cond, strict=True)
-        return torch.cat([denoiser(*part) for part in parts])
+        x, n = self.x_sigma, len(self.x0)
+        parts = [slice(k, k + self.rows) for k in range(0, n, self.rows)]
+        return torch.cat([denoiser(x[part], self.sigma[part], take_conditions(self.cond, part, n)) for part in parts])
 
     def loss(self, denoised: Tensor, sigma_data: float) -> float:
         """The mean `denoising_loss` of a prediction."""
@@ -78,7 +76,7 @@ class Probe:
 
 
 def probe(
-    student: OneStep,
+    student: Student,
     level: Callable[[Tensor], Tensor],
     noise: SampleNoise,
     shape: tuple[int, ...],
@@ -88,9 +86,9 @@ def probe(
 ) -> Probe:
     """A probe of as many samples as `noise` has, their noise levels stratified over level(u), u in [0, 1)."""
     cond, z = conditions(noise, device), noise.normal(shape, device=device)
-    parts = range(0, len(z), rows)
+    parts = [slice(k, k + rows) for k in range(0, len(z), rows)]
     with torch.no_grad():
-        x0 = torch.cat([student(z[k : k + rows], None if cond is None else cond[k : k + rows]) for k in parts])
+        x0 = torch.cat([student(z[part], take_conditions(cond, part, len(z)), noise[part]) for part in parts])
     u = (torch.arange(len(z), dtype=torch.float64) + 0.5) / len(z)
     return Probe(x0, level(u).to(device), noise.normal(shape, device=device), cond, rows)
 
@@ -103,7 +101,7 @@ class Degrader:
     shape: of one sample. conditions(noise, device): of a batch.
     """
 
-    student: OneStep
+    student: Student
     denoiser: Denoiser
     update: Update
     level: Callable[[Tensor], Tensor]
@@ -118,8 +116,8 @@ class Degrader:
         noise = self.share.noise(n)
         cond = self.conditions(noise, self.device)
         with torch.no_grad():
-            x0 = self.student(noise.normal(self.shape, device=self.device), cond)
-        sigma = self.level(noise.uniform()).to(self.device)
+            x0 = self.student(noise.normal(self.shape, device=self.device), cond, noise)
+        sigma = self.level(noise.uniform()).to(self.device, non_blocking=True)
         eps = noise.normal(self.shape, device=self.device)
         loss = denoising_loss(self.denoiser, x0, sigma, eps, cond, self.sigma_data).mean()
         self.update(loss, n)

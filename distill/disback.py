@@ -4,7 +4,6 @@ Degradation Recording and Distribution Backtracking (arXiv 2408.15991). The path
 configuration, metrics, pictures), with the nodes and, when stage 1 is done, manifest.json.
 """
 
-import copy
 import shutil
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -21,15 +20,15 @@ from distill import checkpoint, sharding
 from distill.config import FirstStage, Train
 from distill.degradation import Degrader, Plateau, Probe, Recording, choose, mismatches, probe
 from distill.launch import launched
+from distill.lora import shared_copy
 from distill.mismatch import SAMPLES, score_mismatch
-from distill.nodes import MANIFEST, DegradationPath, Node, Weights, fingerprint, write_node
+from distill.nodes import MANIFEST, DegradationPath, Node, Weights, fingerprint, load_own, write_node
 from distill.noise import DEGRADATION, MISMATCH, PROBE, Share, log_normal_level
 from distill.optim import prepare
 from distill.progress import Progress, is_first
 from distill.run import Run, differences, drive, read_record
 from distill.sections import Degradation
-from distill.student import OneStep
-from distill.subject import Subject, checked_subject, sampled, sigma_init
+from distill.subject import Subject, checked_subject, sampled
 from distill.targets import Backtracking, Fixed, Target, walk_of
 from samplers import Denoiser, SampleNoise
 from samplers.atomic import atomic_write
@@ -53,7 +52,7 @@ def degrade(
         with Progress(stage.degradation.steps, "degradation step") as shown:
             return degrade(config, resume, shown)
     accelerator = launched(stage)
-    subject, low, high = checked_subject(stage, accelerator.device)
+    subject, low, high = checked_subject(stage, accelerator.device, accelerator.mixed_precision)
     if (folder / MANIFEST).is_file():
         if not resume:
             raise ValueError(f"target.path: {folder} holds a path already; remove it or choose another")
@@ -65,10 +64,10 @@ def degrade(
     share = Share(
         stage.seed, stage.batch_size, accelerator.process_index, accelerator.num_processes, stream=DEGRADATION
     )
-    teacher = {key: tensor.detach().clone() for key, tensor in subject.fake.state_dict().items()}
+    teacher = {key: tensor.detach().clone() for key, tensor in sharding.state(subject.fake).items()}
     prints = _fingerprints(stage, subject)
     run = Run(stage, resume, accelerator)
-    student = OneStep(subject.student.to(accelerator.device).requires_grad_(False), stage.sigma_init)
+    student = subject.as_student(subject.student.to(accelerator.device).requires_grad_(False))
     denoiser, update = prepare(accelerator, subject.fake, stage.degradation.optimizer, stage.degradation.steps)
     level = partial(log_normal_level, config=stage.noise, sigma_min=low, sigma_max=high)
     rows = stage.batch_size // accelerator.num_processes
@@ -152,7 +151,13 @@ def _fingerprints(config: Train | FirstStage, subject: Subject) -> dict[str, str
     network = subject.fake
     facts: dict[str, Any] = {"name": config.teacher.name, "coordinates": type(network.coordinates).__name__}
     facts |= {name: getattr(network, name) for name in ("sigma_min", "sigma_max", "sigma_data")}
-    start = {"sigma_init": sigma_init(config), "toy": config.toy.model_dump() if config.teacher.exact else None}
+    student = subject.as_student(network)
+    start: dict[str, Any] = {
+        "sigma_init": student.sigmas[0],
+        "toy": config.toy.model_dump() if config.teacher.exact else None,
+    }
+    if len(student) > 1 or student.start != student.sigmas[0]:
+        start |= {"sigmas": student.sigmas, "start": student.start}
     return {"teacher": fingerprint(network, **facts), "student": fingerprint(subject.student, **facts, **start)}
 
 
@@ -199,16 +204,16 @@ def target(config: Train, subject: Subject, path: DegradationPath | None, accele
         return Fixed(subject.target)
     choice, device = config.target, accelerator.device
     # What differences were taken to: the teacher, or of an exact one the untrained network that learned in its place.
-    teacher = (subject.fake if subject.network is None else subject.network).state_dict()
+    teacher = {key: tensor.detach().clone() for key, tensor in sharding.state(subject.fake).items()}
     for k in sorted({1, len(path)}):
         last = path.weights(k, teacher)
         if all(bool((last[key] == teacher[key].cpu()).all()) for key in last):
             raise ValueError(f"target.path: node {k} of {path.folder} is the teacher itself")
-    subject.fake.load_state_dict(last, strict=True)
+    load_own(subject.fake, last)
     if choice.name == "warm":
         return Fixed(subject.target)
 
-    network = copy.deepcopy(subject.fake).requires_grad_(False).eval().to(device)
+    network = shared_copy(subject.fake).requires_grad_(False).eval().to(device)
     load = partial(path.weights, teacher=teacher)
     walk = walk_of(choice.name, network, load, len(path), teacher, subject.target)
     adaptive = choice.schedule == "adaptive"
@@ -221,11 +226,11 @@ def start_samples(config: Train, subject: Subject, device: torch.device) -> Call
     """Samples of the first student, kept frozen, where a bridge needs them."""
     if config.target.ratio != "bridge":
         return None
-    start = OneStep(copy.deepcopy(subject.student).requires_grad_(False).to(device), config.student.sigma_init)
+    start = subject.as_student(shared_copy(subject.student).requires_grad_(False).to(device))
 
     @torch.no_grad()
     def draw(noise: SampleNoise, cond: Any) -> Tensor:
-        return start(noise.normal(subject.shape, device=device), cond)
+        return start(noise.normal(subject.shape, device=device), cond, noise)
 
     return draw
 
@@ -242,7 +247,7 @@ def measured(
 
     Of a class-conditional model, a sample's law is that of its class: SAMPLES over the number of classes.
     """
-    student = OneStep(subject.student, config.student.sigma_init)
+    student = subject.as_student(subject.student)
     low, high = levels
     sigmas = [float(karras_sigma(torch.tensor(place), low, high, config.noise.rho)) for place in PLACES]
     noise = SampleNoise(config.seed, range(SAMPLES), MISMATCH)

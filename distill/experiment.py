@@ -16,18 +16,19 @@ from torch import Tensor, nn
 from distill import checkpoint, data, disback, divergences, pictures, sharding, toy
 from distill import config as schemas
 from distill.adversary import Adversary, FakeHeads, ScoreOnly, TeacherHeads
+from distill.average import Average
 from distill.card import teacher_card
 from distill.discriminator import Discriminator
 from distill.export import save_pipeline, teacher_scheduler
-from distill.folders import FACTS, pipeline_folder
+from distill.folders import FACTS, network_part, pipeline_folder
 from distill.launch import launched
+from distill.lora import shared_copy
 from distill.noise import Share, check_log_normal, karras_level, log_normal_level
 from distill.optim import learning_rate, prepare, replicated, student_rate
 from distill.pretrain import Pretrainer, build_unet
-from distill.real import RealImages, RealMixture, teacher_samples
+from distill.real import RealImages, RealMixture, RealRows, encoded_images, teacher_samples
 from distill.run import Run, drive
 from distill.sections import Data
-from distill.student import OneStep
 from distill.subject import Subject, checked_subject, preview_start, sampled, toy_preview
 from distill.taps import Tap
 from distill.targets import Backtracking
@@ -39,7 +40,7 @@ from samplers.schedules import karras_index
 
 Progress = Callable[[int, dict[str, float]], None]
 NETWORK = "network"  # in a run folder: the teacher's configuration without its weights
-_DESCRIPTION = ("model_index.json", "unet/config.json", "scheduler/scheduler_config.json")
+_SCHEDULER = "scheduler/scheduler_config.json"
 Reals = Callable[[SampleNoise, Any], Tensor]
 
 
@@ -62,7 +63,8 @@ def teach(config: schemas.Teach, resume: bool, progress: Progress) -> Path:
     else:
         spread = toy.standard_deviation(mixture)
         network = toy.denoiser(mixture.dim, config.toy.hidden, config.toy.layers, spread).to(device)
-    average = copy.deepcopy(network).requires_grad_(False).eval()
+    averaged = copy.deepcopy(network).requires_grad_(False).eval()
+    average = Average(averaged, network, config.ema)
     run = Run(config, resume, accelerator)
 
     denoiser, update = prepare(accelerator, network, config.optimizer, config.steps)
@@ -73,7 +75,7 @@ def teach(config: schemas.Teach, resume: bool, progress: Progress) -> Path:
         images,
         partial(log_normal_level, config=config.noise, sigma_min=low, sigma_max=high),
         share,
-        average=(average, network, config.ema),
+        average=average,
         null_label=n_classes,
         label_dropout=config.label_dropout if n_classes else 0.0,
         sigma_data=network.sigma_data,
@@ -82,7 +84,7 @@ def teach(config: schemas.Teach, resume: bool, progress: Progress) -> Path:
     shape = tuple(images.images.shape[1:])
 
     def preview(path: Path | None) -> None:
-        generate = sampled(average)
+        generate = sampled(averaged)
         if mixture is not None:
             return toy_preview(mixture.to(device), device)(generate, path)
         return pictures.save_grid(generate(*preview_start(shape, n_classes, device)), path)
@@ -92,7 +94,7 @@ def teach(config: schemas.Teach, resume: bool, progress: Progress) -> Path:
         pretrainer,
         config.steps,
         config.logging,
-        {"teacher": network, "average": average},
+        {"teacher": network, "average": averaged},
         {"teacher": update.optimizer},
         preview,
         config.seed,
@@ -101,11 +103,11 @@ def teach(config: schemas.Teach, resume: bool, progress: Progress) -> Path:
     folder = run.folder / "model"
     if accelerator.is_main_process:
         if config.mixture is not None:
-            toy.save_denoiser(folder, average, config.mixture, config.toy)
+            toy.save_denoiser(folder, averaged, config.mixture, config.toy)
         else:
             classes = list(images.classes)
             facts = {"kind": "teacher", "classes": classes, "null_label": n_classes}
-            save_pipeline(folder, average.network, scheduler, facts, teacher_card(config, classes))
+            save_pipeline(folder, averaged.network, scheduler, facts, teacher_card(config, classes))
     accelerator.wait_for_everyone()
     return folder
 
@@ -114,11 +116,13 @@ def train(config: schemas.Train, resume: bool, progress: Progress) -> Path:
     """Distils a teacher as the configuration says and returns the run folder."""
     accelerator = launched(config)
     device = accelerator.device
-    subject, low, high = checked_subject(config, device)
+    subject, low, high = checked_subject(config, device, accelerator.mixed_precision)
     heads = untrained_heads(config, subject, device)
     reals = None if config.real.name == "teacher" else real_samples(config, subject, accelerator)
     share = Share(config.seed, config.batch_size, accelerator.process_index, accelerator.num_processes)
-    average = sharding.place(accelerator, copy.deepcopy(subject.student).requires_grad_(False))
+    parts = config.memory.accumulation or accelerator.gradient_accumulation_steps
+    share.numbers(0, 0, parts)  # refuses parts that are not whole
+    averaged = sharding.place(accelerator, shared_copy(subject.student).requires_grad_(False))
     walked = disback.recorded_path(config, subject)
     run = Run(config, resume, accelerator)
     if accelerator.is_main_process and config.teacher.path is not None:
@@ -145,8 +149,9 @@ def train(config: schemas.Train, resume: bool, progress: Progress) -> Path:
     fake_denoiser, fake_update = prepare(
         accelerator, subject.fake, config.fake.optimizer, fake_steps, heads=trained_heads, lr=config.discriminator.lr
     )
+    average = Average(averaged, subject.student, config.student.ema, config.memory.ema)
     student_level = partial(karras_level, config=config.noise, sigma_min=low, sigma_max=high)
-    modules: dict[str, nn.Module] = {"student": subject.student, "fake": subject.fake, "average": average}
+    modules: dict[str, nn.Module] = {"student": subject.student, "fake": subject.fake, "average": averaged}
     adversary: Adversary = ScoreOnly()
     if heads is not None and reals is not None and trained_heads is not None:
         modules["discriminator"] = heads
@@ -158,7 +163,7 @@ def train(config: schemas.Train, resume: bool, progress: Progress) -> Path:
         modules["ratio_weight"] = ratio_weight = _ratio_weight(config, low, high, accelerator)
     sigma_data = subject.fake.sigma_data
     trainer = Trainer(
-        OneStep(student_denoiser, config.student.sigma_init),
+        subject.as_student(student_denoiser),
         fake_denoiser,
         target,
         student_update,
@@ -174,10 +179,15 @@ def train(config: schemas.Train, resume: bool, progress: Progress) -> Path:
         adversarial_weight=config.adversarial_weight,
         fake_steps=config.fake.steps,
         sigma_data=sigma_data,
-        average=(average, subject.student, config.student.ema),
+        average=average,
+        parts=parts,
         device=device,
     )
-    student = OneStep(average, config.student.sigma_init)
+
+    def preview(path: Path | None) -> None:
+        with average.shown() as network:
+            subject.preview(subject.as_student(network), path)
+
     measure = None
     if config.logging.mismatch_every is not None:
         denoisers = {"target": target, "teacher": subject.target, "fake": subject.fake}
@@ -190,7 +200,7 @@ def train(config: schemas.Train, resume: bool, progress: Progress) -> Path:
         config.logging,
         modules,
         {"student": student_update.optimizer, "fake": fake_update.optimizer},
-        lambda path: subject.preview(student, path),
+        preview,
         config.seed,
         progress,
         measure,
@@ -203,11 +213,21 @@ def real_samples(config: schemas.Train, subject: Subject, accelerator: Accelerat
         return None
     if subject.mixture is not None:
         return RealMixture(subject.mixture, accelerator.device)
-    if config.real.name == "data":
+    if config.real.name == "encoded":
+        assert subject.rows is not None, "read with the subject"
+        if subject.rows.embeddings:
+            return RealRows(subject.rows, subject.shape, accelerator.device)
+        images = encoded_images(subject.rows, subject.shape)
+    elif config.real.name == "data":
+        if subject.latent:
+            raise ValueError(
+                "real.name: data; the teacher samples latents: accepted are encoded (`distill encode` makes latents of "
+                "images) and teacher"
+            )
         images = _images(config.real.data)
     else:
-        images = teacher_samples(config.teacher, config.real, accelerator)
-    return RealImages(images, subject.shape, subject.n_classes, accelerator.device)
+        images = teacher_samples(config, subject, accelerator)
+    return RealImages(images, subject.shape, subject.n_conditions, accelerator.device)
 
 
 def untrained_heads(config: schemas.Train, subject: Subject, device: torch.device) -> Discriminator | None:
@@ -295,7 +315,9 @@ def _keep_teacher(config: schemas.Train, folder: Path) -> None:
     names: tuple[str, ...] = ()
     if config.teacher.name == "pipeline":
         source = pipeline_folder(path)
-        weights, names = sorted((source / "unet").glob("*.safetensors")), (*_DESCRIPTION, FACTS)
+        part = network_part(source)
+        weights = sorted((source / part).glob("*.safetensors"))
+        names = ("model_index.json", f"{part}/config.json", "vae/config.json", _SCHEDULER, FACTS)
     else:
         source = toy.teacher_folder(path)
         weights = sorted(source.glob("*.safetensors"))

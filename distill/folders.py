@@ -108,6 +108,12 @@ def read_pipeline(folder: Path) -> tuple[Any, Any]:
     return read_model(folder / "unet", getattr(diffusers, network_class)), scheduler
 
 
+def network_part(folder: Path) -> str:
+    """The part of a pipeline folder that its denoising network lies in: unet or transformer."""
+    kind = PIPELINES.get(str(index_of(folder).get("_class_name")))
+    return "unet" if kind is None else kind.network
+
+
 def read_model(part: Path, kind: Any, dtype: torch.dtype | None = None) -> Any:
     """The model of a diffusers class in a part of a pipeline folder, from safetensors, in its own dtype or another.
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill.student import OneStep
+from distill.student import Student
 from samplers import Denoiser, SampleNoise
-from samplers.denoiser import expand
+from samplers.denoiser import expand, take_conditions
 
 SAMPLES, JUDGED = 4096, 512
 
@@ -33,7 +33,7 @@ def empirical_denoiser(
 @torch.no_grad()
 def score_mismatch(
     denoisers: Mapping[str, Denoiser],
-    student: OneStep,
+    student: Student,
     sigmas: Sequence[float],
     noise: SampleNoise,
     shape: tuple[int, ...],
@@ -54,16 +54,17 @@ def score_mismatch(
         return torch.cat([call(slice(k, min(k + rows, count))) for k in range(0, count, rows)])
 
     def of(part: slice) -> Any:
-        return None if cond is None else cond[part]
+        return take_conditions(cond, part, len(z))
 
-    samples = in_parts(lambda part: student(z[part], of(part)), len(z))
+    labels = getattr(cond, "numbers", cond)  # prompts are told apart by their numbers
+    samples = in_parts(lambda part: student(z[part], of(part), noise[part]), len(z))
     judged = min(judged, len(samples))
     eps = noise.normal(shape, device=device)[:judged]
     results: dict[str, list[float]] = {name: [] for name in denoisers}
     for sigma in sigmas:
         level = torch.full((judged,), sigma, device=device)
         x = samples[:judged] + expand(level, eps) * eps
-        exact = empirical_denoiser(samples, x, sigma, cond, of(slice(judged)))
+        exact = empirical_denoiser(samples, x, sigma, labels, None if labels is None else labels[:judged])
         length = (x - exact).flatten(1).norm(dim=1).mean()
         for name, denoiser in denoisers.items():
             denoised = in_parts(lambda part, d=denoiser, x=x, s=level: d(x[part], s[part], of(part)), judged)  # type: ignore[misc]

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from distill import checkpoint
+from distill import checkpoint, sharding
 from samplers.atomic import atomic_write
 
 MANIFEST = "manifest.json"
@@ -173,6 +173,15 @@ def _half(key: str, tensor: Tensor) -> Weights:
 
 def _whole(key: str, stored: Weights) -> Tensor:
     return stored[key].float() * stored[f"{key}|scale"]
+
+
+def load_own(network: nn.Module, weights: Weights) -> None:
+    """Loads weights that have the keys of `sharding.state(network)`: all but those of a base that others hold too."""
+    own = sharding.state(network).keys()
+    if weights.keys() != own:
+        wrong = sorted(weights.keys() ^ own)
+        raise ValueError(f"target.path: does not fit this network: {wrong[0]} and {len(wrong) - 1} more keys differ")
+    network.load_state_dict(weights, strict=len(own) == len(network.state_dict()))
 
 
 def fingerprint(module: nn.Module, **facts: Any) -> str:

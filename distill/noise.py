@@ -15,6 +15,7 @@ TEACHER_SAMPLES = 2  # of the teacher's samples that a discriminator takes for r
 DEGRADATION, PROBE = 3, 4  # of the first stage of DisBack, and of the batch that it is judged by
 MISMATCH = 5  # of the samples whose law a mismatch is measured at
 LATENTS, JUDGED = 6, 7  # of images as a VAE encodes them, and of which samples a Gaussian is judged by
+SIMULATION = 9  # of which of its steps an update of a student trains
 PARTICLES = 8  # of the weighted particles that an image is drawn from
 
 
@@ -35,15 +36,20 @@ class Share:
         if self.batch_size % self.processes:
             raise ValueError(f"batch_size: {self.batch_size} does not divide among {self.processes} processes")
 
-    def numbers(self, batch: int) -> range:
-        """The global numbers of this process's samples in the batch number `batch`."""
-        rows = self.batch_size // self.processes
-        start = batch * self.batch_size + self.rank * rows
-        return range(start, start + rows)
+    def numbers(self, batch: int, part: int = 0, parts: int = 1) -> range:
+        """The global numbers of this process's samples in the batch number `batch`, or in a part of them.
 
-    def noise(self, batch: int) -> SampleNoise:
+        Raises ValueError where they do not divide into so many parts.
+        """
+        rows = self.batch_size // self.processes
+        if rows % parts:
+            raise ValueError(f"memory.accumulation: {rows} samples a process do not divide into {parts} parts")
+        start, size = batch * self.batch_size + self.rank * rows, rows // parts
+        return range(start + part * size, start + (part + 1) * size)
+
+    def noise(self, batch: int, part: int = 0, parts: int = 1) -> SampleNoise:
         """The streams of those samples."""
-        return SampleNoise(self.seed, self.numbers(batch), self.stream)
+        return SampleNoise(self.seed, self.numbers(batch, part, parts), self.stream)
 
 
 def karras_level(u: Tensor, config: StudentNoise, sigma_min: float, sigma_max: float) -> Tensor:

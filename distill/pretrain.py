@@ -11,14 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from distill.data import Images, epoch_order
 from distill.losses import denoising_loss
 from distill.noise import Share
 from distill.optim import Update
 from distill.sections import Network
-from distill.student import update_average
 from samplers import Denoiser
 
 
@@ -48,7 +47,7 @@ class Pretrainer:
     """Denoising score matching on images; `step` is one update.
 
     noise_level: u [B] in [0, 1) -> sigma [B]. null_label replaces a share `label_dropout` of the labels.
-    average: (average, network, decay), the running average that is the result.
+    average(n): told when the network is as it is after update n; the running average is the result.
     """
 
     denoiser: Denoiser
@@ -56,7 +55,7 @@ class Pretrainer:
     images: Images
     noise_level: Callable[[Tensor], Tensor]
     share: Share
-    average: tuple[nn.Module, nn.Module, float]
+    average: Callable[[int], object]
     null_label: int | None = None
     label_dropout: float = 0.0
     sigma_data: float = 0.5
@@ -77,5 +76,5 @@ class Pretrainer:
 
         loss = denoising_loss(self.denoiser, x0, sigma, eps, cond, self.sigma_data).mean()
         self.update(loss, n)
-        update_average(*self.average, step=n)
+        self.average(n)
         return {"loss": loss.detach()}

@@ -6,7 +6,6 @@ whatever the shares of the classes in the data.
 
 import hashlib
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,49 +16,85 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from distill import checkpoint
+from distill.config import Train
 from distill.data import Images
-from distill.folders import FACTS, pipeline_folder
-from distill.generate import ImageGenerator, load_generator
+from distill.encoded import LATENTS, MANIFEST, Encoded, encoder_facts
+from distill.folders import FACTS, network_part, pipeline_folder
 from distill.noise import TEACHER_SAMPLES
 from distill.progress import Progress
-from distill.sections import Real, TeacherSource
-from samplers import GaussianMixture, SampleNoise
+from distill.prompts import schedule
+from distill.sections import Real
+from distill.subject import Subject
+from samplers import SOLVERS, GaussianMixture, SampleNoise, sample
 from samplers.atomic import atomic_write
 
 CHUNK = 256  # samples in a file of the cache
+LATENTS_AT_ONCE = 8
 _FORMAT = 1
 
 
 class RealImages:
-    """(noise, cond) -> images [B, ...] on `device`, each drawn from those of its class; cond: labels [B] or None.
+    """(noise, cond) -> images [B, ...] on `device`, each drawn from those of its condition: labels [B], prompts with
+    their numbers, or None.
 
-    Raises ValueError for images of another shape than `shape`, or a class of the teacher that has none.
+    n_conditions: of the teacher; None is one without. Raises ValueError for images of another shape than `shape`, or a
+    condition of the teacher that has none.
     """
 
     def __init__(
-        self, images: Images, shape: tuple[int, ...], n_classes: int | None, device: torch.device | str = "cpu"
+        self, images: Images, shape: tuple[int, ...], n_conditions: int | None, device: torch.device | str = "cpu"
     ) -> None:
         if tuple(images.images.shape[1:]) != tuple(shape):
             raise ValueError(f"real.data: its images are {list(images.images.shape[1:])}, the teacher's {list(shape)}")
         order = torch.arange(len(images))
-        self._counts = self._starts = None
-        if n_classes is not None:
+        self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        if n_conditions is not None:
             if images.labels is None:
-                raise ValueError(f"real.data: has no classes, and the teacher has {n_classes}")
-            counts = images.labels.bincount(minlength=n_classes)
-            if len(counts) > n_classes or not bool(counts.all()):
+                raise ValueError(f"real.data: has no classes, and the teacher has {n_conditions}")
+            counts = images.labels.bincount(minlength=n_conditions)
+            if len(counts) > n_conditions or not bool(counts.all()):
                 empty = [label for label, count in enumerate(counts.tolist()) if not count]
                 found = f"none of class {empty[0]}" if empty else f"{len(counts)} classes"
-                raise ValueError(f"real.data: has {found}; needed are images of each of the teacher's {n_classes}")
+                raise ValueError(f"real.data: has {found}; needed are images of each of the teacher's {n_conditions}")
             order = images.labels.argsort(stable=True)
-            self._counts, self._starts = counts.to(device), (counts.cumsum(0) - counts).to(device)
+            starts = counts.cumsum(0) - counts
+            for place in {torch.device("cpu"), torch.device(device)}:  # prompts' numbers are on the CPU
+                self._tables[place] = starts.to(place), counts.to(place)
         self._images = images.images[order].to(device)
 
     def __call__(self, noise: SampleNoise, cond: Any) -> Tensor:
-        u = noise.uniform().to(self._images.device)
-        if self._counts is None or self._starts is None:
-            return self._images[(u * len(self._images)).long()]
-        return self._images[self._starts[cond] + (u * self._counts[cond]).long()]
+        device, u = self._images.device, noise.uniform()
+        if not self._tables:
+            return self._images[(u * len(self._images)).long().to(device, non_blocking=True)]
+        key = getattr(cond, "numbers", cond)
+        starts, counts = self._tables.get(key.device) or self._tables[torch.device(key.device.type)]
+        rows = starts[key] + (u.to(key.device, non_blocking=True) * counts[key]).long()
+        return self._images[rows.to(device, non_blocking=True)]
+
+
+class RealRows:
+    """(noise, cond) -> the latents [B, c, h, w] beside the prompts of a batch, float32, read from disk as they are
+    asked for. Raises ValueError for rows without latents, or of another shape."""
+
+    def __init__(self, rows: Encoded, shape: tuple[int, ...], device: torch.device | str = "cpu") -> None:
+        _check_latents(rows, shape)
+        self._rows, self._device = rows, device
+
+    def __call__(self, noise: SampleNoise, cond: Any) -> Tensor:
+        found = self._rows.rows(cond.numbers.tolist())[LATENTS]
+        return found.to(self._device, non_blocking=True).float()
+
+
+def encoded_images(rows: Encoded, shape: tuple[int, ...]) -> Images:
+    """Latents with their classes, all in memory. Raises ValueError as `RealRows`."""
+    _check_latents(rows, shape)
+    return Images(rows.rows(range(len(rows)))[LATENTS].float(), rows.labels, rows.classes)
+
+
+def _check_latents(rows: Encoded, shape: tuple[int, ...]) -> None:
+    if rows.shape != tuple(shape):
+        found = "no latents" if rows.shape is None else f"latents of {list(rows.shape)}"
+        raise ValueError(f"real.encoded: {rows.folder} has {found}; the teacher's are {list(shape)}")
 
 
 class RealMixture:
@@ -76,16 +111,15 @@ class RealMixture:
         return self._mixture.place(component, eps).to(self._device)
 
 
-def teacher_samples(source: TeacherSource, real: Real, accelerator: Accelerator) -> Images:
-    """`real.count` samples of the teacher, balanced over its classes, from the cache or made now.
+def teacher_samples(config: Train, subject: Subject, accelerator: Accelerator) -> Images:
+    """`real.count` samples of the teacher, balanced over its classes or prompts, from the cache or made now.
 
     The cache is a folder named by a hash of what made the samples: weights, coordinates, guidance, sampler, steps and
     seed (key.json in it says them). Sample k does not depend on the count. Files hold CHUNK samples each and appear
     when complete, so a run that was killed goes on where it stopped. Processes share the work.
     """
-    generator = load_generator(str(source.path), real.sampler, real.steps, source.guidance, str(accelerator.device))
-    generator = replace(generator, stream=TEACHER_SAMPLES)
-    key = cache_key(source, real)
+    real = config.real
+    key = cache_key(config)
     text = json.dumps(key, sort_keys=True)
     folder = Path(real.cache) / hashlib.sha256(text.encode()).hexdigest()[:16]
     if accelerator.is_main_process:
@@ -96,53 +130,77 @@ def teacher_samples(source: TeacherSource, real: Real, accelerator: Accelerator)
 
     chunks = range((real.count + CHUNK - 1) // CHUNK)
     own = [c for c in chunks if c % accelerator.num_processes == accelerator.process_index]
-    if any(_read(folder, c, generator) is None for c in chunks):
+    if any(_read(folder, c, subject.shape) is None for c in chunks):
         with Progress(real.count, "teacher sample") as progress:
             for done, c in enumerate(own, start=1):
-                if _read(folder, c, generator) is None:
-                    _make(folder, c, generator, real.seed)
+                if _read(folder, c, subject.shape) is None:
+                    _make(folder, c, subject, real, accelerator.device)
                 progress(min(real.count, done * CHUNK * accelerator.num_processes))
     accelerator.wait_for_everyone()
 
     images = []
     for c in chunks:
-        found = _read(folder, c, generator)
+        found = _read(folder, c, subject.shape)
         if found is None:  # on a machine of its own, without the others' disk
-            _make(folder, c, generator, real.seed)
-            found = _read(folder, c, generator)
+            _make(folder, c, subject, real, accelerator.device)
+            found = _read(folder, c, subject.shape)
         assert found is not None
         images.append(found)
-    return Images(torch.cat(images)[: real.count], generator.labels(range(real.count)))
+    labels = None if subject.n_conditions is None else torch.arange(real.count) % subject.n_conditions
+    return Images(torch.cat(images)[: real.count], labels)
 
 
-def cache_key(source: TeacherSource, real: Real) -> dict[str, Any]:
+def cache_key(config: Train) -> dict[str, Any]:
     """All that decides sample k of a teacher, but k."""
+    source, real, prompts = config.teacher, config.real, config.prompt_source
     folder = pipeline_folder(str(source.path))
-    files = [*sorted((folder / "unet").glob("*")), folder / "scheduler/scheduler_config.json", folder / FACTS]
-    return {
-        "format": _FORMAT,
-        "teacher": {str(f.relative_to(folder)): checkpoint.sha256(f) for f in files if f.is_file()},
-        "guidance": source.guidance,
-        "sampler": real.sampler,
-        "steps": real.steps,
-        "seed": real.seed,
-    }
+    network = sorted((folder / network_part(folder)).glob("*"))
+    files = [*network, folder / "scheduler/scheduler_config.json", folder / FACTS]
+    words: dict[str, Any] = {}
+    named = [Path(file) for file in (prompts.file, prompts.encoded and f"{prompts.encoded}/{MANIFEST}") if file]
+    if named:
+        words = prompts.model_dump(include={"column", "height", "width"})
+        words |= source.model_dump(include={"negative_prompt", "guidance_embedding"})
+        words |= {"prompts": [checkpoint.sha256(file) for file in named], "encoders": encoder_facts(folder)}
+    interval = {} if source.guidance_interval is None else {"guidance_interval": source.guidance_interval}
+    return (
+        words
+        | interval
+        | {
+            "format": _FORMAT,
+            "teacher": {str(f.relative_to(folder)): checkpoint.sha256(f) for f in files if f.is_file()},
+            "guidance": source.guidance,
+            "sampler": real.sampler,
+            "steps": real.steps,
+            "seed": real.seed,
+        }
+    )
 
 
-def _make(folder: Path, chunk: int, generator: ImageGenerator, seed: int) -> None:
-    images = generator(seed, range(chunk * CHUNK, (chunk + 1) * CHUNK))
+@torch.no_grad()
+def _make(folder: Path, chunk: int, subject: Subject, real: Real, device: torch.device) -> None:
+    network = subject.network
+    assert network is not None, "a toy is sampled exactly"
+    sigmas = schedule(network.coordinates, real.steps)
+    made = []
+    for start in range(chunk * CHUNK, (chunk + 1) * CHUNK, rows := CHUNK if not subject.latent else LATENTS_AT_ONCE):
+        numbers = range(start, start + rows)
+        noise = SampleNoise(real.seed, numbers, TEACHER_SAMPLES)
+        z = noise.normal(subject.shape, device=device)
+        cond = subject.condition_of(torch.tensor(numbers))
+        made.append(sample(SOLVERS[real.sampler], subject.target, sigmas[0] * z, sigmas, cond, noise).cpu())
     with atomic_write(_file(folder, chunk)) as file:
-        file.write(save({"images": images.contiguous()}))
+        file.write(save({"images": torch.cat(made).contiguous()}))
 
 
-def _read(folder: Path, chunk: int, generator: ImageGenerator) -> Tensor | None:
+def _read(folder: Path, chunk: int, shape: tuple[int, ...]) -> Tensor | None:
     """A chunk's images, or None where there is no whole one."""
     file = _file(folder, chunk)
     try:
         images = load(file.read_bytes())["images"]
     except (OSError, SafetensorError, KeyError):
         return None
-    return images if images.shape == (CHUNK, *generator.shape) else None
+    return images if images.shape == (CHUNK, *shape) else None
 
 
 def _file(folder: Path, chunk: int) -> Path:

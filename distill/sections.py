@@ -319,13 +319,22 @@ class DivergenceChoice(Section):
 class Real(Section):
     """What a discriminator takes for real. With `none` there is no discriminator."""
 
-    name: Literal["none", "data", "teacher"] = Field("none", description="images, or samples that the teacher makes")
+    name: Literal["none", "data", "encoded", "teacher"] = Field(
+        "none", description="images, latents of `distill encode`, or samples that the teacher makes"
+    )
     data: Data = Field(Data(), description="the images, for name: data")
+    encoded: str | None = Field(None, description="for name: encoded, the folder of `distill encode`")
     count: Count = Field(10_000, description="for name: teacher, how many samples are made, once")
     sampler: SolverName = Field("heun", description="for name: teacher")
     steps: Count = Field(18, description="of the sampler")
     seed: Seed = Field(0, description="of the teacher's samples, which runs of any seed share")
     cache: str = Field("runs/teacher-samples", description="folder of samples that were made, by what made them")
+
+    @model_validator(mode="after")
+    def _folder_fits_name(self) -> Self:
+        if (self.encoded is not None) != (self.name == "encoded"):
+            raise ValueError(f"encoded: {self.encoded!r} does not go with name: {self.name}")
+        return self
 
 
 class DiscriminatorChoice(Section):

@@ -1,15 +1,55 @@
-"""The one-step student, and the running average of its weights."""
+"""Students: a denoiser called once on pure noise, or a few times with fresh noise in between."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from distill import sharding
-from samplers import Denoiser
+from distill.noise import SIMULATION
+from samplers import Denoiser, SampleNoise
 
 
-class OneStep:
+class Student:
+    """x = start z; at each level but the last, x0 = D(x, sigma) and x = x0 + noise eps; D at the last is the sample.
+
+    sigmas: the levels, falling; noises: standard deviations of the noise after each but the last (`distill.stock`
+    says which a stock pipeline has). z [B, ...] is standard normal; the results are like z.
+    """
+
+    def __init__(self, denoiser: Denoiser, sigmas: Sequence[float], start: float, noises: Sequence[float] = ()) -> None:
+        if len(noises) != len(sigmas) - 1:
+            raise ValueError(f"noises: {len(noises)} for {len(sigmas)} levels; needed is one after each but the last")
+        self.denoiser, self.sigmas, self.start, self.noises = denoiser, tuple(sigmas), start, tuple(noises)
+
+    def __len__(self) -> int:
+        return len(self.sigmas)
+
+    def __call__(self, z: Tensor, cond: Any = None, noise: SampleNoise | None = None) -> Tensor:
+        """Samples. noise: the samples' streams, which several steps draw from."""
+        return self.rollout(z, cond, noise, len(self))
+
+    def rollout(self, z: Tensor, cond: Any, noise: SampleNoise | None, count: int) -> Tensor:
+        """What step number `count` (from 1) predicts after those before it, which have no graph: backward simulation
+        (Yin et al. 2024, DMD2), in which a student is trained on its own inputs."""
+        if count > 1 and noise is None:
+            raise ValueError(f"noise: None; a student of {len(self)} steps draws from the samples' streams")
+        x = self.start * z
+        with torch.no_grad():
+            for sigma, deviation in zip(self.sigmas[: count - 1], self.noises, strict=False):
+                assert noise is not None
+                x = self._predict(x, sigma, cond) + deviation * noise.normal(z.shape[1:], z.dtype, z.device)
+        return self._predict(x, self.sigmas[count - 1], cond)
+
+    def trained_step(self, seed: int, update: int) -> int:
+        """Which step an update trains, from 1: uniform, and the same on all processes."""
+        return 1 if len(self) == 1 else 1 + int(SampleNoise(seed, [update], SIMULATION).integers(len(self)))
+
+    def _predict(self, x: Tensor, sigma: float, cond: Any) -> Tensor:
+        return self.denoiser(x, x.new_full((), sigma), cond)
+
+
+class OneStep(Student):
     """x = D(sigma_init z, sigma_init): a denoiser called once, on pure noise.
 
     z [B, ...] is standard normal; the result is like z. Raises ValueError for a sigma_init outside the range that the
@@ -20,20 +60,4 @@ class OneStep:
         low, high = getattr(denoiser, "sigma_min", 0.0), getattr(denoiser, "sigma_max", float("inf"))
         if not low <= sigma_init <= high:
             raise ValueError(f"student.sigma_init: {sigma_init} is outside the teacher's range [{low:.6g}, {high:.6g}]")
-        self.denoiser, self.sigma_init = denoiser, sigma_init
-
-    def __call__(self, z: Tensor, cond: Any = None) -> Tensor:
-        return self.denoiser(self.sigma_init * z, z.new_tensor(self.sigma_init), cond)
-
-
-@torch.no_grad()
-def update_average(average: nn.Module, module: nn.Module, decay: float, step: int) -> None:
-    """One step of an exponential moving average of a module's parameters; its buffers are copied.
-
-    The decay ramps up as (step + 1) / (step + 10), step from 0, so that a short run does not remember its start.
-    """
-    decay = min(decay, (step + 1) / (step + 10))
-    kept_weights, weights = ([sharding.local(p) for p in network.parameters()] for network in (average, module))
-    torch._foreach_lerp_(kept_weights, weights, 1 - decay)
-    for kept, current in zip(average.buffers(), module.buffers(), strict=True):
-        kept.copy_(current)
+        super().__init__(denoiser, [sigma_init], sigma_init)

@@ -1,7 +1,7 @@
 """What a run distils: a diffusers teacher or an exact toy, and the networks of the student and the fake score."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,15 +10,25 @@ import torch
 from torch import Tensor, nn
 
 from distill import pictures, toy
+from distill.captions import read_prompts
 from distill.config import FirstStage, Train
+from distill.encoded import Encoded, encoder_facts
+from distill.folders import index_of, pipeline_folder
+from distill.lora import adapted
 from distill.noise import GENERATION, check_log_normal, check_range
-from distill.student import OneStep
-from distill.teacher import Teacher
+from distill.sections import Lora
+from distill.stock import student_steps
+from distill.student import Student
+from distill.teacher import Embeddings, Teacher
 from samplers import Denoiser, GaussianMixture, NetworkDenoiser, SampleNoise, heun, karras_sigmas, sample
+from samplers.pipelines import vae_facts
+from samplers.prompts import PIPELINES
+from samplers.schedules import karras_sigma
 
-PREVIEW_ROWS = 8
+PREVIEW_ROWS = 8  # of ten pixel images; of latents, which are decoded, it is one
 PREVIEW_POINTS = 2000
-Generate = Callable[[Tensor, Any], Tensor]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+Generate = Callable[[Tensor, Any, SampleNoise], Tensor]
 
 
 @dataclass(frozen=True)
@@ -26,59 +36,198 @@ class Subject:
     """A teacher as the trainer needs it.
 
     target: the denoiser to match, guided if the run says so. network: the denoiser whose encoder can be read and whose
-    weights can be copied, None of an exact toy. student, fake: what is trained, at its start. shape: of a sample.
-    conditions(noise, device): of a batch. mixture: what a toy is. preview(generate, path): draws what generate(z, cond)
-    makes of standard normal z [N, ...].
+    weights can be copied, None of an exact toy. student, fake: what is trained, at its start. as_student(denoiser):
+    the student that a denoiser makes. shape: of a sample. n_conditions: classes or prompts; None is neither.
+    conditions(noise, device): of a batch; condition_of(numbers [B], on the CPU): those of samples by number.
+    preview(generate, path): draws what generate(z, cond, noise) makes of standard normal z [N, ...]; path None: takes
+    part and draws nothing. mixture: what a toy is. rows: real latents with their prompts or classes. latent: whether a
+    VAE decodes samples.
     """
 
     target: Denoiser
     network: NetworkDenoiser | None
     student: nn.Module
     fake: NetworkDenoiser
+    as_student: Callable[[Denoiser], Student]
     shape: tuple[int, ...]
-    n_classes: int | None
+    n_conditions: int | None
     sigma_min: float
     sigma_max: float
     conditions: Callable[[SampleNoise, torch.device | str], Any]
-    preview: Callable[[Generate, Path], None]
+    preview: Callable[[Generate, Path | None], None]
+    condition_of: Callable[[Tensor], Any] = lambda numbers: None
     mixture: GaussianMixture | None = None
+    rows: Encoded | None = None
+    latent: bool = False
 
 
-def load_subject(config: Train | FirstStage, device: torch.device) -> Subject:
+class EmbeddedPrompts:
+    """Prompts' embeddings in memory, each prompt's once: those of a file that was not encoded before."""
+
+    def __init__(self, prompts: Sequence[str], embed: Callable[[str], Mapping[str, Tensor]]) -> None:
+        different = list(dict.fromkeys(prompts))
+        embedded = [embed(prompt) for prompt in different]
+        self._table = {name: torch.cat([row[name] for row in embedded]) for name in embedded[0]}
+        place = {prompt: k for k, prompt in enumerate(different)}
+        self._places = torch.tensor([place[prompt] for prompt in prompts])
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def rows(self, numbers: Sequence[int]) -> dict[str, Tensor]:
+        """Some rows, in their order, [B, ...] each."""
+        places = self._places[list(numbers)]
+        return {name: tensor[places] for name, tensor in self._table.items()}
+
+
+def load_subject(config: Train | FirstStage, device: torch.device, precision: str = "no") -> Subject:
     """The subject that a configuration names; its networks are made on the CPU, the target is on `device`.
 
-    Raises ValueError as `Teacher.load`, and for a student's start outside the teacher's range.
+    precision: accelerate's mixed precision, in which frozen networks are held if the configuration leaves it open.
+    Raises ValueError as `Teacher.load`, for a student's start outside the teacher's range, prompts that are missing, of
+    no use or made by other text encoders, and a dtype that the device lacks.
     """
     if config.teacher.name != "pipeline":
         return _toy(config, device)
-    teacher = Teacher.load(str(config.teacher.path), config.teacher.guidance)
-    OneStep(teacher.denoiser, sigma_init(config))
+    teacher, rows = _teacher(config)
+    network: Any = teacher.denoiser.network
+    steps = student_steps(
+        teacher.scheduler,
+        teacher.denoiser.coordinates,
+        type(teacher.pipe).__name__ if teacher.pipe is not None else "",
+        config.student.sigma_init if isinstance(config, Train) else config.sigma_init,
+        config.student.steps if isinstance(config, Train) else config.student_steps,
+        network.config,
+        config.teacher.guidance_embedding,
+    )
+    dtype = _frozen_dtype(config.teacher.dtype, precision, device)
+    student_lora = config.student.lora if isinstance(config, Train) else Lora()
+    fake_lora = config.fake.lora if isinstance(config, Train) else config.lora
+    copies = [teacher.clone() if lora.rank is None else None for lora in (student_lora, fake_lora)]
+    network.to(dtype)  # after full copies are made, and before adapters are put on it
+    student, fake = (
+        adapted(teacher.denoiser, lora, config.seed + k) if made is None else made
+        for k, (made, lora) in enumerate(zip(copies, (student_lora, fake_lora), strict=True))
+    )
+    if config.memory.checkpointing:
+        for trained in (student, fake):
+            _checkpoint(trained.network)
     teacher.denoiser.to(device)
+    if teacher.pipe is not None:
+        teacher.pipe.to(device)
+    latent = teacher.pipe is not None
+    count = 10 if latent else 10 * PREVIEW_ROWS
+
+    def preview(generate: Generate, path: Path | None) -> None:
+        noise = SampleNoise(0, range(count), GENERATION)
+        z = noise.normal(teacher.shape, device=device)
+        with torch.no_grad():
+            x = generate(z, teacher.condition_of(torch.arange(count) % 10, device), noise)
+            if path is not None:
+                pictures.save_grid(teacher.pictures(x), path)
+
+    prompts = None if teacher.words is None else teacher.words.prompts
     return Subject(
         teacher.guided,
         teacher.denoiser,
-        teacher.clone().eval(),
-        teacher.clone().eval(),
+        student.eval(),
+        fake.eval(),
+        lambda denoiser: Student(denoiser, steps.sigmas, steps.start, steps.noises),
         teacher.shape,
-        teacher.n_classes,
+        teacher.n_classes if prompts is None else len(prompts),
         teacher.sigma_min,
         teacher.sigma_max,
         teacher.conditions,
-        lambda generate, path: pictures.save_grid(_grid(generate, teacher.shape, teacher.n_classes, device), path),
+        preview,
+        lambda numbers: teacher.condition_of(numbers, device),
+        rows=rows,
+        latent=latent,
     )
 
 
-def checked_subject(config: Train | FirstStage, device: torch.device) -> tuple[Subject, float, float]:
+def _teacher(config: Train | FirstStage) -> tuple[Teacher, Encoded | None]:
+    """The teacher with its prompts, in float32, and the rows that were encoded for it."""
+    source = config.teacher
+    prompts = config.prompt_source if isinstance(config, Train) else config.prompts
+    folder = pipeline_folder(str(source.path))
+    name = str(index_of(folder).get("_class_name"))
+    kind = PIPELINES.get(name)
+    rows = None if prompts.encoded is None else Encoded.read(prompts.encoded)
+    words = kind is not None and bool(kind.embeddings)
+    if not words and prompts.file is not None:
+        raise ValueError(f"prompts.file: {prompts.file}; {folder} is a {name}, which has no use for words")
+    null = _null(rows, source.negative_prompt) if words and rows is not None else None
+    teacher = Teacher.load(
+        folder,
+        source.guidance,
+        interval=source.guidance_interval,
+        negative_prompt=source.negative_prompt,
+        guidance_embedding=source.guidance_embedding,
+        height=prompts.height,
+        width=prompts.width,
+        null=null,
+    )
+    if rows is not None:
+        rows.check(name, None if teacher.pipe is None else vae_facts(teacher.pipe.vae), encoder_facts(folder))
+    table: Embeddings | None = rows if null is not None else None
+    if words and table is None:
+        if prompts.file is None:
+            raise ValueError(
+                f"prompts: there are none, and {folder} is a {name}, which is conditioned on words; needed is "
+                "prompts.file or prompts.encoded"
+            )
+        table = EmbeddedPrompts(read_prompts(prompts.file, prompts.column), teacher.embed)
+    return teacher.under(table), rows
+
+
+def _null(rows: Encoded, negative_prompt: str | None) -> dict[str, Tensor]:
+    """The embeddings that guidance leads away from. Raises ValueError where another negative prompt was encoded."""
+    if not rows.embeddings:
+        raise ValueError(f"prompts.encoded: {rows.folder} has no prompts; needed are their embeddings")
+    if negative_prompt is None:
+        return rows.null
+    if negative_prompt != rows.negative_prompt:
+        raise ValueError(
+            f"teacher.negative_prompt: {negative_prompt!r}; {rows.folder} was encoded with {rows.negative_prompt!r}"
+        )
+    return rows.negative
+
+
+def _frozen_dtype(name: str, precision: str, device: torch.device) -> torch.dtype:
+    """The dtype of frozen networks. Raises ValueError for one that the device cannot compute in."""
+    dtype = (torch.bfloat16 if precision == "bf16" else torch.float32) if name == "auto" else DTYPES[name]
+    try:
+        ones = torch.ones(1, 1, 8, 8, dtype=dtype, device=device)
+        torch.nn.functional.scaled_dot_product_attention(ones, ones, ones)
+        torch.nn.functional.group_norm(torch.nn.functional.conv2d(ones, ones[..., :1, :1]), 1)
+    except RuntimeError as error:
+        accepted = "accepted are float32 and those that it can compute in"
+        raise ValueError(f"teacher.dtype: {name}; {device.type} cannot compute in {dtype}; {accepted}") from error
+    return dtype
+
+
+def _checkpoint(network: Any) -> None:
+    """Lets a network compute its activations again. Raises ValueError for one that does not know how to."""
+    if not getattr(network, "_supports_gradient_checkpointing", False):
+        raise ValueError(f"memory.checkpointing: a {type(network).__name__} does not support it")
+    network.enable_gradient_checkpointing()
+
+
+def checked_subject(
+    config: Train | FirstStage, device: torch.device, precision: str = "no"
+) -> tuple[Subject, float, float]:
     """The subject and the range of noise levels, both found good before anything is written."""
-    subject = load_subject(config, device)
+    subject = load_subject(config, device, precision)
     if isinstance(config, FirstStage):
         low, high = check_range(config.sigma_min, config.sigma_max, subject.sigma_min, subject.sigma_max)
         check_log_normal("fake.noise", config.noise, low, high)
         return subject, low, high
     low, high = check_range(config.noise.sigma_min, config.noise.sigma_max, subject.sigma_min, subject.sigma_max)
     check_log_normal("fake.noise", config.fake.noise, low, high)
-    if config.real.name == "teacher" and config.real.count < (subject.n_classes or 1):
-        raise ValueError(f"real.count: {config.real.count} is less than one for each of {subject.n_classes} classes")
+    if config.real.name == "teacher" and config.real.count < (subject.n_conditions or 1):
+        raise ValueError(
+            f"real.count: {config.real.count} is less than one for each of {subject.n_conditions} classes or prompts"
+        )
     return subject, low, high
 
 
@@ -91,7 +240,6 @@ def _toy(config: Train | FirstStage, device: torch.device) -> Subject:
         student, fake = toy.networks(mixture, config.toy)
     else:
         network = toy.load_denoiser(config.teacher.path, config.teacher.name)
-        OneStep(network, sigma_init(config))
         student, fake = (copy.deepcopy(network).requires_grad_(True) for _ in range(2))
         network.to(device)
     mixture = mixture.to(device)
@@ -102,47 +250,54 @@ def _toy(config: Train | FirstStage, device: torch.device) -> Subject:
         network,
         student,
         fake,
+        _toy_student(config),
         shape,
         None,
         toy.SIGMA_MIN,
         toy.SIGMA_MAX,
         lambda noise, device: None,
         toy_preview(mixture, device),
-        mixture,
+        mixture=mixture,
     )
+
+
+def _toy_student(config: Train | FirstStage) -> Callable[[Denoiser], Student]:
+    """Students of a toy, of several steps with noise levels even in the Karras index."""
+    first = config.student.sigma_init if isinstance(config, Train) else config.sigma_init
+    count = config.student.steps if isinstance(config, Train) else config.student_steps
+    if first is None or not toy.SIGMA_MIN < first <= toy.SIGMA_MAX:
+        raise ValueError(
+            f"student.sigma_init: {first} is outside the teacher's range [{toy.SIGMA_MIN:.6g}, {toy.SIGMA_MAX:.6g}]"
+        )
+    index = 1 - torch.arange(count) / count
+    sigmas = [first, *karras_sigma(index, toy.SIGMA_MIN, first, 7.0)[1:].tolist()]
+    return lambda denoiser: Student(denoiser, sigmas, first, sigmas[1:])
 
 
 def sampled(denoiser: NetworkDenoiser) -> Generate:
     """Generation by 18 Heun steps from the highest noise level."""
     sigmas = karras_sigmas(18, denoiser.sigma_min, denoiser.sigma_max)
-    return lambda z, cond: sample(heun, denoiser, sigmas[0] * z, sigmas, cond)
+    return lambda z, cond, noise: sample(heun, denoiser, sigmas[0] * z, sigmas, cond)
 
 
-def toy_preview(mixture: GaussianMixture, device: torch.device) -> Callable[[Generate, Path], None]:
+def toy_preview(mixture: GaussianMixture, device: torch.device) -> Callable[[Generate, Path | None], None]:
     """Draws points over those of the mixture; always of the same noise."""
     shape = (mixture.dim,)
     reference = mixture.sample(PREVIEW_POINTS, generator=torch.Generator(device).manual_seed(0))
 
-    def preview(generate: Generate, path: Path) -> None:
-        z = SampleNoise(0, range(PREVIEW_POINTS), GENERATION).normal(shape, device=device)
+    def preview(generate: Generate, path: Path | None) -> None:
+        noise = SampleNoise(0, range(PREVIEW_POINTS), GENERATION)
         with torch.no_grad():
-            pictures.save_points(generate(z, None), reference, path)
+            pictures.save_points(generate(noise.normal(shape, device=device), None, noise), reference, path)
 
     return preview
 
 
-def sigma_init(config: Train | FirstStage) -> float:
-    """The noise level of a student's input."""
-    return config.student.sigma_init if isinstance(config, Train) else config.sigma_init
-
-
-def preview_start(shape: tuple[int, ...], n_classes: int | None, device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Noise and labels of a grid of ten columns; always the same noise, so that grids can be compared."""
+def preview_start(
+    shape: tuple[int, ...], n_classes: int | None, device: torch.device
+) -> tuple[Tensor, Tensor | None, SampleNoise]:
+    """Noise, labels and streams of a grid of ten columns; always the same, so that grids can be compared."""
     n = 10 * PREVIEW_ROWS
-    z = SampleNoise(0, range(n), GENERATION).normal(shape, device=device)
-    return z, None if n_classes is None else torch.arange(n, device=device) % 10 % n_classes
-
-
-@torch.no_grad()
-def _grid(generate: Generate, shape: tuple[int, ...], n_classes: int | None, device: torch.device) -> Tensor:
-    return generate(*preview_start(shape, n_classes, device))
+    noise = SampleNoise(0, range(n), GENERATION)
+    labels = None if n_classes is None else torch.arange(n, device=device) % 10 % n_classes
+    return noise.normal(shape, device=device), labels, noise

@@ -11,7 +11,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from distill.nodes import Weights
+from distill import sharding
+from distill.nodes import Weights, load_own
 from samplers import Denoiser
 
 Metrics = dict[str, Tensor]
@@ -98,12 +99,12 @@ class Nodes:
         node = targets - min(int(fraction * targets), targets - 1)
         if node == self.node:
             return
-        weights, before = self._load(node), self._network.state_dict()
+        weights, before = self._load(node), sharding.state(self._network)
         if weights.keys() == before.keys() and all(
             bool((weights[key].to(before[key]) == before[key]).all()) for key in before
         ):
             raise ValueError(f"target.path: node {node} is the same network as the target before it")
-        self._network.load_state_dict(weights, strict=True)
+        load_own(self._network, weights)
         self.node = node
 
 
@@ -120,7 +121,7 @@ class WeightInterpolation:
         if all(bool((start[key].to(end[key]) == end[key]).all()) for key in start):
             raise ValueError("target.path: its last node is the teacher itself")
         self._network, self._fraction = network, math.nan  # as `network` is until the first move
-        own = network.state_dict()
+        own = sharding.state(network)
         self._ends = [(own[key], start[key].to(own[key].device), end[key]) for key in own]
 
     def __call__(self, x: Tensor, sigma: Tensor, cond: Any = None) -> Tensor:

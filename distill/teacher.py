@@ -13,7 +13,6 @@ from distill.folders import FACTS, index_of, load_pipeline, pipeline_folder, rea
 from samplers import Denoiser, Guided, NetworkDenoiser, SampleNoise, decode, denoiser_from, latent_shape
 from samplers.prompts import GUIDANCE_EMBEDDING, PIPELINES, condition, denoiser_of, embed
 
-DECODED = 8  # latents that a VAE decodes at once, each by itself
 TEXT_PARTS = tuple(f"{part}{k}" for part in ("text_encoder", "tokenizer") for k in ("", "_2", "_3"))
 
 
@@ -190,19 +189,19 @@ class Teacher:
             return self.words.of_numbers((noise.uniform() * count).long())
         return None if self.n_classes is None else noise.integers(self.n_classes, device)
 
-    def first_conditions(self, n: int, device: torch.device | str = "cpu") -> Any:
-        """The conditions of a grid of ten columns: classes or prompts in their order, again and again."""
+    def condition_of(self, numbers: Tensor, device: torch.device | str = "cpu") -> Any:
+        """The conditions of samples by number, [B] on the CPU: classes or prompts in their order, again and again."""
         if self.words is not None:
-            count = 1 if self.words.prompts is None else len(self.words.prompts)
-            return self.words.of_numbers(torch.arange(n) % 10 % count)
-        return None if self.n_classes is None else torch.arange(n, device=device) % 10 % self.n_classes
+            count = 0 if self.words.prompts is None else len(self.words.prompts)
+            return self.words.of_numbers(numbers % max(1, count))
+        return None if self.n_classes is None else (numbers % self.n_classes).to(device)
 
     @torch.no_grad()
     def pictures(self, x: Tensor) -> Tensor:
-        """Samples as pictures [B, C, H, W], nominally in [-1, 1]: latents are decoded, a few at a time."""
+        """Samples as pictures [B, C, H, W], nominally in [-1, 1]: latents are decoded, one at a time."""
         if self.pipe is None:
             return x
-        return torch.cat([decode(self.pipe, part).float() for part in x.split(DECODED)])
+        return torch.cat([decode(self.pipe, one).float() for one in x.split(1)])
 
 
 def sample_shape(network: Any) -> tuple[int, int, int]:

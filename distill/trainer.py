@@ -7,17 +7,17 @@ other objects given to the same loop: a divergence with its ratio, an adversaria
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from distill.adversary import Adversary, ScoreOnly
 from distill.discriminator import log_ratio
 from distill.losses import adversarial_loss, denoising_loss, distribution_matching_loss, level_weight, matching_weight
 from distill.noise import Share
 from distill.optim import Update
-from distill.student import OneStep, update_average
+from distill.student import Student
 from distill.targets import Target
 from distill.weights import RatioWeight, weight_statistics
 from samplers import Denoiser, SampleNoise
@@ -50,6 +50,14 @@ def by_level(sigma_data: float) -> Weighting:
     return lambda x, denoised_target, sigma: level_weight(sigma, sigma_data)
 
 
+class _Part(NamedTuple):
+    """A part of a batch: the student's samples, their conditions and their streams."""
+
+    x0: Tensor
+    cond: Any
+    noise: SampleNoise
+
+
 @dataclass
 class Trainer:
     """Everything one update of the student needs; `step` is the algorithm.
@@ -59,7 +67,9 @@ class Trainer:
     conditions(noise, device): conditions of a batch. student_level, fake_level: u [B] in [0, 1) -> sigma [B].
     ratio_weight(ln r [B], sigma [B]) -> h(r) [B]: the divergence; None is h = 1, reverse KL. weighting: makes the noise
     levels alike in size. adversary: estimates r, and gives the adversarial term, which is added with
-    `adversarial_weight`; fake_update then trains its heads too. average: the running average of the student's network.
+    `adversarial_weight`; fake_update then trains its heads too. average(n): told when the student is as it is after
+    update n. parts: a process's batch is computed in so many, one after the other; the weights that are normalised over
+    a batch are then over a part. Of a student of several steps an update trains one, on what those before it made.
 
     Cost of an update at batch B with K = fake_steps, in network passes over B samples (a guided target counts 2):
     forwards: student 1, target 1, fake 1 + K; backwards: student 1, fake K. The student does not move during the fake
@@ -67,7 +77,7 @@ class Trainer:
     weights add nothing to it. A path adds nothing but what its target's docstring says.
     """
 
-    student: OneStep
+    student: Student
     fake: Denoiser
     target: Target
     student_update: Update
@@ -83,7 +93,8 @@ class Trainer:
     adversarial_weight: float = 0.0
     fake_steps: int = 1
     sigma_data: float = 0.5
-    average: tuple[nn.Module, nn.Module, float] | None = None
+    average: Callable[[int], object] | None = None
+    parts: int = 1
     device: torch.device | str = "cpu"
 
     def __post_init__(self) -> None:
@@ -102,27 +113,45 @@ class Trainer:
             self.ratio_weight.reset()
         if self.adversary.bridges and self.target.final:
             self.adversary.settle()
-        noise = self.share.noise(n)
-        cond = self.conditions(noise, self.device)
-        x = self.student(noise.normal(self.shape, device=self.device), cond)
-        sigma = self.student_level(noise.uniform()).to(self.device)
-        x_sigma = x + expand(sigma, x) * noise.normal(self.shape, device=self.device)
-
-        loss, metrics = self._student_loss(x, x_sigma, sigma, cond)
-        self.student_update(loss, n)
+        parts: list[_Part] = []
+        metrics: list[dict[str, Tensor]] = []
+        self.student_update(self._student_losses(n, parts, metrics), n)
         if self.average is not None:
-            update_average(*self.average, step=n)
-
-        x0 = x.detach()
+            self.average(n)
         for k in range(self.fake_steps):
-            sigma = self.fake_level(noise.uniform()).to(self.device)
+            self.fake_update(self._fake_losses(parts, metrics), n * self.fake_steps + k)
+        names = dict.fromkeys(name for found in metrics for name in found)
+        return {name: torch.stack([found[name] for found in metrics if name in found]).mean(0) for name in names}
+
+    def _student_losses(self, n: int, parts: list["_Part"], metrics: list[dict[str, Tensor]]) -> Iterator[Tensor]:
+        """The student's loss on each part of its batch; what the fake score learns from is left in `parts`."""
+        step = self.student.trained_step(self.share.seed, n)
+        for p in range(self.parts):
+            with self.student_update.no_sync(p + 1 < self.parts):
+                noise = self.share.noise(n, p, self.parts)
+                cond = self.conditions(noise, self.device)
+                x = self.student.rollout(noise.normal(self.shape, device=self.device), cond, noise, step)
+                sigma = self.student_level(noise.uniform()).to(self.device, non_blocking=True)
+                x_sigma = x + expand(sigma, x) * noise.normal(self.shape, device=self.device)
+                loss, found = self._student_loss(x, x_sigma, sigma, cond, last=p + 1 == self.parts)
+                parts.append(_Part(x.detach(), cond, noise))
+                metrics.append(found)
+                yield loss / self.parts
+
+    def _fake_losses(self, parts: list["_Part"], metrics: list[dict[str, Tensor]]) -> Iterator[Tensor]:
+        """The losses of a step of the fake score, and of the heads, on the student's samples noised afresh."""
+        for p, (part, found) in enumerate(zip(parts, metrics, strict=True)):
+            x0, cond, noise = part
+            sigma = self.fake_level(noise.uniform()).to(self.device, non_blocking=True)
             eps = noise.normal(self.shape, device=self.device)
             denoising = partial(denoising_loss, self.fake, x0, sigma, eps, cond, self.sigma_data)
-            losses = self.adversary.learn(denoising, x0, sigma, cond, noise, metrics)
-            self.fake_update(losses, n * self.fake_steps + k)
-        return metrics
+            with self.fake_update.no_sync(p + 1 < self.parts):
+                for loss in self.adversary.learn(denoising, x0, sigma, cond, noise, found):
+                    yield loss / self.parts
 
-    def _student_loss(self, x: Tensor, x_sigma: Tensor, sigma: Tensor, cond: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    def _student_loss(
+        self, x: Tensor, x_sigma: Tensor, sigma: Tensor, cond: Any, last: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         x_sigma_fixed, final = x_sigma.detach(), self.target.final
         adversary = self.adversary if final or self.adversary.bridges else ScoreOnly()
         denoised_fake, denoised_target, logits, pull = adversary.compare(
@@ -130,7 +159,8 @@ class Trainer:
         )
         weight = self.weighting(x.detach(), denoised_target, sigma).to(x)
         metrics = {"gap": (denoised_fake - denoised_target).square().mean()}
-        metrics |= self.target.observe(x_sigma_fixed, sigma, denoised_fake, denoised_target)
+        if last:  # once an update
+            metrics |= self.target.observe(x_sigma_fixed, sigma, denoised_fake, denoised_target)
         if logits is not None:
             ratio = log_ratio(logits)
             h = torch.ones_like(ratio) if self.ratio_weight is None else self.ratio_weight(logits.mean(1), sigma)

@@ -106,3 +106,12 @@ def repeat_conditions(cond: Any, times: int, batch: int) -> Any:
     elif isinstance(cond, Tensor) and cond.ndim and len(cond) == batch:
         joined = torch.cat([cond] * times)
     return joined
+
+
+def take_conditions(cond: Any, rows: slice, batch: int) -> Any:
+    """Some rows of the condition of a batch; what all rows share is kept."""
+    if isinstance(cond, dict):
+        return {key: take_conditions(value, rows, batch) for key, value in cond.items()}
+    if isinstance(cond, list | tuple):
+        return type(cond)(take_conditions(value, rows, batch) for value in cond)
+    return cond[rows] if isinstance(cond, Tensor) and cond.ndim and len(cond) == batch else cond

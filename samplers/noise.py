@@ -2,7 +2,8 @@
 
 Why: the same sample then has the same noise in any batch, on any number of processes and after any restart.
 Each sample owns a counter-based Philox stream (Salmon et al. 2011) keyed by (seed, k), so nothing is stored and
-no two streams overlap. Numbers are drawn on the CPU and moved, so they do not depend on the device either.
+no two streams overlap. Numbers are drawn on the CPU and moved, so they do not depend on the device; the move does
+not wait for what the device still has to do.
 """
 
 import copy
@@ -46,15 +47,17 @@ class SampleNoise:
         out = np.empty((len(self), *shape), dtype=np.float64 if dtype == torch.float64 else np.float32)
         for row, stream in zip(out, self._streams, strict=True):
             row[...] = stream.standard_normal(row.shape, dtype=out.dtype)
-        return torch.from_numpy(out).to(device=device, dtype=dtype)
+        return torch.from_numpy(out).to(device=device, dtype=dtype, non_blocking=True)
 
     def uniform(self, device: torch.device | str = "cpu") -> Tensor:
         """Uniform numbers in [0, 1), [B], float64."""
-        return torch.tensor([s.random() for s in self._streams], dtype=torch.float64, device=device)
+        numbers = [s.random() for s in self._streams]
+        return torch.tensor(numbers, dtype=torch.float64).to(device, non_blocking=True)
 
     def integers(self, high: int, device: torch.device | str = "cpu") -> Tensor:
         """Uniform whole numbers in [0, high), [B], int64."""
-        return torch.tensor([int(s.integers(high)) for s in self._streams], dtype=torch.int64, device=device)
+        numbers = [int(s.integers(high)) for s in self._streams]
+        return torch.tensor(numbers, dtype=torch.int64).to(device, non_blocking=True)
 
 
 def normal_like(x: Tensor, generator: torch.Generator | SampleNoise | None) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
 from distill.adversary import FakeHeads, TeacherHeads
+from distill.average import Average
 from distill.data import Images
 from distill.discriminator import Discriminator, frozen
 from distill.divergences import DIVERGENCES
@@ -196,6 +197,6 @@ def _ours(
         adversarial_weight=adversarial_weight,
         fake_steps=sizes.fake_steps,
         sigma_data=DATA,
-        average=(nets.average, nets.student, DECAY),
+        average=Average(nets.average, nets.student, DECAY),
     )  # fmt: skip
     return Arm(name, nets, trainer.step, optimizers)

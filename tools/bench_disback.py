@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from distill import toy
+from distill.average import Average
 from distill.data import digits
 from distill.degradation import Degrader, Plateau, Recording, choose, mismatches, probe
 from distill.losses import denoising_loss
@@ -30,7 +31,7 @@ from distill.nodes import Weights
 from distill.noise import PROBE, log_normal_level
 from distill.optim import Update, adamw, learning_rate, student_rate
 from distill.sections import Degradation, LogNormal, Optimizer
-from distill.student import OneStep, update_average
+from distill.student import OneStep
 from distill.targets import Backtracking, Fixed, Target, walk_of
 from distill.trainer import Trainer, train, unweighted
 from samplers import GaussianMixture, NetworkDenoiser, SampleNoise
@@ -170,6 +171,7 @@ def make_teacher(setting: Setting, seed: int) -> NetworkDenoiser:
     points = data_points(setting)
     network = toy.denoiser(points.shape[1], setting.hidden, 3, SIGMA_DATA)
     average = copy.deepcopy(network)
+    follow = Average(average, network, 0.998)
     rates = Optimizer(lr=2e-3)
     update = Update(adamw(network, rates), partial(learning_rate, rates, steps=setting.teacher_steps))
     level = partial(log_normal_level, config=setting.noise, sigma_min=LOW, sigma_max=HIGH)
@@ -178,7 +180,7 @@ def make_teacher(setting: Setting, seed: int) -> NetworkDenoiser:
         x0 = points[(noise.uniform() * len(points)).long()]
         sigma, eps = level(noise.uniform()), noise.normal(points.shape[1:])
         update(denoising_loss(network, x0, sigma, eps, None, SIGMA_DATA).mean(), n)
-        update_average(average, network, 0.998, n)
+        follow(n)
     return average.requires_grad_(False).eval()
 
 
@@ -249,7 +251,7 @@ def run_student(run: Run, teacher: NetworkDenoiser) -> dict[str, Any]:
         shape,
         weighting=unweighted,
         sigma_data=SIGMA_DATA,
-        average=(average, student, AVERAGE),
+        average=Average(average, student, AVERAGE),
     )
     judge = quality(setting)
     z = torch.randn(LOOK, *shape, generator=torch.Generator().manual_seed(3))

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from distill import toy
 from distill.adversary import FakeHeads
+from distill.average import Average
 from distill.discriminator import Discriminator
 from distill.divergences import DIVERGENCES
 from distill.noise import karras_level, log_normal_level
@@ -115,7 +116,7 @@ def toy_trainer(arm: Arm) -> tuple[Trainer, OneStep]:
         adversarial_weight=ADVERSARIAL_WEIGHT if arm.adversarial else 0.0,
         fake_steps=fake_steps,
         sigma_data=fake.sigma_data,
-        average=(average, student, 0.995),
+        average=Average(average, student, 0.995),
     )
     return trainer, OneStep(average, 1.0)
 

@@ -12,13 +12,14 @@ from PIL import Image
 from torch import nn
 
 import distill
+from distill.average import Average
 from distill.data import Images
 from distill.noise import Share, check_log_normal, check_range, karras_level, log_normal_level
 from distill.optim import Update, adamw, learning_rate, student_rate
 from distill.pictures import save_curves, save_grid, side_by_side, to_uint8
 from distill.pretrain import Pretrainer
 from distill.sections import LogNormal, Optimizer, StudentNoise
-from distill.student import OneStep, update_average
+from distill.student import OneStep
 from samplers import GaussianMixture, karras_sigmas
 
 
@@ -107,9 +108,9 @@ def test_the_average_ramps_up_and_follows_buffers() -> None:
     average, module = nn.BatchNorm1d(1), nn.BatchNorm1d(1)
     module.weight.data.fill_(2.0)
     module.running_mean.fill_(7.0)
-    expected = 1.0
+    expected, follow = 1.0, Average(average, module, 0.6)
     for step in range(30):
-        update_average(average, module, 0.6, step)
+        follow(step)
         decay = min(0.6, (step + 1) / (step + 10))
         expected = decay * expected + (1 - decay) * 2.0
         assert average.weight.item() == pytest.approx(expected, rel=1e-6)
