@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import PixArtAlphaPipeline, PixArtTransformer2DModel
 
 from distill import Teacher
 from tests.distill import families
@@ -72,6 +73,28 @@ def test_guidance_is_the_stock_pipelines(name: str, negative: str | None, tmp_pa
     if negative is not None:
         default = predicted(name, teacher_of(name, folder, guidance=SCALE))
         assert np.abs(ours - default).max() > 1e-3 * scale
+
+
+def test_a_pixart_of_1024_pixels_is_told_its_size(tmp_path: Path, foreign: Foreign) -> None:
+    """Its latents are 128 wide, by which the pipeline knows it."""
+    torch.manual_seed(0)
+    network = PixArtTransformer2DModel(
+        num_attention_heads=3,
+        attention_head_dim=8,
+        num_layers=1,
+        cross_attention_dim=24,
+        caption_channels=16,
+        sample_size=128,
+        patch_size=16,
+    )
+    with torch.no_grad():
+        for weights in network.adaln_single.emb.aspect_ratio_embedder.parameters():
+            weights.mul_(20)
+    parts = families.FAMILIES["pixart"]().components | {"transformer": network}
+    PixArtAlphaPipeline(**parts).save_pretrained(tmp_path / "pixart")
+    teacher = teacher_of("pixart", tmp_path / "pixart", guidance=SCALE)
+    ours, theirs = predicted("pixart", teacher), stock("pixart", tmp_path / "pixart", foreign, SCALE, None)
+    assert np.abs(ours - theirs).max() <= 3e-5 * np.abs(theirs).max()
 
 
 @pytest.mark.parametrize("name", ["dit", "sd15", "flux"])
