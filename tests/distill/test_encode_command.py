@@ -3,15 +3,18 @@
 import json
 import random
 import shutil
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from distill.cli import main
 from distill.encoded import COMMON, MANIFEST, Encoded, shard_name
 from tests.distill import families
-from tests.distill.command import Running, distill
+from tests.distill.command import Result, Running, distill
 from tests.distill.runs import assert_refused, entries, launch
 from tests.distill.test_encoded import pictures
 
@@ -35,6 +38,23 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert told in result.out
     assert f"row {N}/{N}" in result.out
     return place
+
+
+Here = Callable[..., Result]
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Here:
+    """The command in this process, where a refusal takes no time."""
+
+    def run(cwd: Path, *words: object) -> Result:
+        monkeypatch.chdir(cwd)
+        monkeypatch.setattr(sys, "argv", ["distill", *map(str, words)])
+        with pytest.raises(SystemExit) as left:
+            main()
+        return Result(int(str(left.value.code)), *capfd.readouterr())
+
+    return run
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -119,11 +139,11 @@ def test_a_damaged_file_is_named_and_made_anew_when_it_is_gone(done: Path) -> No
     ],
     ids=lambda v: v[0] if isinstance(v, tuple) else "",
 )
-def test_other_settings_are_refused(done: Path, words: tuple[Any, ...], told: str) -> None:
+def test_other_settings_are_refused(done: Path, here: Here, words: tuple[Any, ...], told: str) -> None:
     rows = [f"{k:02d}.png,fox {k}" for k in range(N)]
     (done / "words.csv").write_text("\n".join(["file_name,caption", *rows]))
     before = contents(done / "whole")
-    assert_refused(distill(*WORK, *words, "--out", "whole", cwd=done), told, "the same settings, or another folder")
+    assert_refused(here(done, *WORK, *words, "--out", "whole"), told, "the same settings, or another folder")
     assert contents(done / "whole") == before
 
 
@@ -158,10 +178,9 @@ def test_other_settings_are_refused(done: Path, words: tuple[Any, ...], told: st
     ],
     ids=lambda v: " ".join(map(str, v))[:40] if isinstance(v, tuple) else "",
 )
-def test_what_cannot_be_encoded(bad: Path, words: tuple[Any, ...], told: str) -> None:
+def test_what_cannot_be_encoded(bad: Path, here: Here, words: tuple[Any, ...], told: str) -> None:
     before = {name for name in entries(bad) if not name.startswith("out")}
-    result = distill("encode", "--pipeline", "pipe", "--out", "out", "--data.size", 16, *words, cwd=bad)
-    assert_refused(result, told)
+    assert_refused(here(bad, "encode", "--pipeline", "pipe", "--out", "out", "--data.size", 16, *words), told)
     assert {name for name in entries(bad) if not name.startswith("out")} == before
     if "cannot be read as an image" in told:  # which is found when it is read
         shutil.rmtree(bad / "out")
