@@ -36,16 +36,16 @@ class Foreign:
         load: dict[str, Any] | None = None,
         seed: int = 3,
         one_step: dict[str, Any] | None = None,
-        lora: Path | None = None,
+        lora: tuple[Path, Path] | None = None,
     ) -> np.ndarray:
         """What the pipeline in `folder` makes: [B, H, W, 3] in [0, 1], or latents where the call says so.
 
         one_step: settings of the scheduler with which a teacher makes its one-step prediction; `timestep` is where.
-        lora: a folder with a LoRA file that is loaded into the pipeline first.
+        lora: a teacher, whose network takes the place of the pipeline's own, and a folder with a LoRA file for it.
         """
         out = folder.parent / f".{folder.name}.npy"
         job = {"folder": str(folder), "call": call, "load": load or {}, "seed": seed, "out": str(out)}
-        job |= {"one_step": one_step, "lora": None if lora is None else str(lora)}
+        job |= {"one_step": one_step, "lora": None if lora is None else [str(part) for part in lora]}
         stdin, stdout = self._program.stdin, self._program.stdout
         assert stdin is not None
         assert stdout is not None
@@ -103,7 +103,11 @@ def _work(job: dict[str, Any]) -> None:
     if job["one_step"] is not None:
         pipe, more = _one_step(pipe, job["one_step"])
     if job["lora"] is not None:
-        pipe.load_lora_weights(job["lora"])
+        base, folder = job["lora"]
+        teacher = DiffusionPipeline.from_pretrained(base, use_safetensors=True, **job["load"])
+        part = "unet" if hasattr(teacher, "unet") else "transformer"
+        pipe.register_modules(**{part: getattr(teacher, part)})
+        pipe.load_lora_weights(folder)
     pipe.set_progress_bar_config(disable=True)
     torch.manual_seed(job["seed"])  # DiT's scheduler is not given the generator
     generator = torch.Generator().manual_seed(job["seed"])
