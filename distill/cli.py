@@ -177,6 +177,7 @@ def _sample_parser() -> ArgumentParser:
     parser.add_argument("--sampler", type=SolverName, help="for diffusion models (default heun)")
     parser.add_argument("--steps", type=int, default=18, help="of the sampler")
     parser.add_argument("--guidance", type=float, default=1.0, help="classifier-free guidance scale; 1 is none")
+    parser.add_argument("--prompts", type=str, help="for models of words: a file of them (.txt, .csv, .jsonl)")
     parser.add_argument("--device", type=str, default="cpu", help="where the network runs")
     corrected = parser.add_argument_group("Feynman-Kac correctors: an exact target by weighted particles")
     corrected.add_argument("--target", type=TargetName, help="guided, annealed, product or reward")

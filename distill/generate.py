@@ -1,4 +1,4 @@
-"""Images from a folder: a teacher through a solver, a student in one step; sample k depends on (seed, k) only."""
+"""Images from a folder: a teacher through a solver, a student by its steps; sample k depends on (seed, k) only."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +12,7 @@ from distill.folders import load_pipeline
 from distill.noise import GENERATION
 from distill.prompts import PromptedPipeline
 from distill.recipe import LANDING, Recipe, Sampling, gaussian_of, read_recipe
-from distill.student import OneStep
+from distill.student import Student
 from distill.student_run import StudentRun
 from distill.teacher import Teacher
 from samplers import SOLVERS, Denoiser, SampleNoise, denoiser_from, sample, teleported
@@ -24,7 +24,8 @@ class ImageGenerator:
     """Makes sample number k from (seed, k): the same image in any batch.
 
     nfe: network evaluations for a sample (a guided one evaluates twice a step and counts so). shape: [C, H, W] of an
-    image. latents: what is sampled instead, and how it becomes images.
+    image. solver, sigmas: of a diffusion model; student: of a student. latents: what is sampled instead of pixels, and
+    how it becomes images.
     """
 
     denoiser: Denoiser
@@ -36,6 +37,7 @@ class ImageGenerator:
     device: torch.device
     stream: int = GENERATION
     latents: PromptedPipeline | None = None
+    student: Student | None = None
 
     def labels(self, indices: Sequence[int]) -> Tensor | None:
         """Balanced class labels [B]: k modulo the number of classes; None if the model is unconditional."""
@@ -54,8 +56,9 @@ class ImageGenerator:
 
     def _sample(self, noise: SampleNoise, shape: Sequence[int], cond: Any) -> Tensor:
         z = noise.normal(shape, device=self.device)
-        if self.solver is None:
-            return OneStep(self.denoiser, float(self.sigmas[0]))(z, cond)
+        if self.student is not None:
+            return self.student(z, cond, noise)
+        assert self.solver is not None
         return sample(self.solver, self.denoiser, self.sigmas[0] * z, self.sigmas, cond, noise)
 
 
@@ -73,8 +76,9 @@ def load_generator(
 ) -> ImageGenerator:
     """Reads a run folder of this library or a pipeline folder, and says how to sample it.
 
-    A student (a run of `distill train`, an exported one, or a stock consistency model) runs in one step; `sampler`,
-    `steps`, `guidance`, and what follows `device` are for diffusion models only (see `distill.recipe.Sampling`).
+    A student (a run of `distill train` or one checkpoint of it, an exported one, or a stock consistency model) takes
+    its own steps; `sampler`, `steps`, `guidance`, and what follows `device`, except the prompts, are for diffusion
+    models only (see `distill.recipe.Sampling`).
     Raises ValueError for a folder that is none of these, an unknown sampler or device, guidance of a diffusion model
     that has no null label, a Gaussian of something else, and prompts that are missing, or of no use.
     """
@@ -98,24 +102,44 @@ def generator_of(recipe: Recipe, device: str = "cpu") -> ImageGenerator:
 
 def _generator(recipe: Recipe, device: torch.device) -> ImageGenerator:
     """Without a jump."""
-    solver = None if recipe.one_step else SOLVERS[recipe.settings["sampler"]]
-    latents = None
+    latents, student = None, None
     denoiser: Denoiser
-    if recipe.kind == "run":
-        run = StudentRun.read(recipe.folder)
+    if recipe.latent:
+        guidance = 1.0 if recipe.student is not None else recipe.settings["guidance"]
+        latents = PromptedPipeline(_pipeline(recipe).to(device), recipe.prompts, guidance, **recipe.asked)
+        denoiser = latents.denoiser
+    elif recipe.kind == "run":
+        run = StudentRun.read(recipe.files[0].parent)
         denoiser = denoiser_from(run.load_network(), run.scheduler).to(device)
-    elif recipe.kind in ("student", "teacher"):
+    else:
         teacher = Teacher.load(recipe.folder)
         teacher.denoiser.to(device)
-        denoiser = (
-            teacher.denoiser if recipe.one_step else replace(teacher, guidance=recipe.settings["guidance"]).guided
-        )
-    else:
-        latents = PromptedPipeline(load_pipeline(recipe.folder).to(device), recipe.prompts, recipe.settings["guidance"])
-        denoiser = latents.denoiser
+        plain = recipe.student is not None
+        denoiser = teacher.denoiser if plain else replace(teacher, guidance=recipe.settings["guidance"]).guided
+    if recipe.student is not None:
+        student = Student(denoiser, recipe.student.sigmas, recipe.student.start, recipe.student.noises)
+    solver = None if student is not None else SOLVERS[recipe.settings["sampler"]]
     return ImageGenerator(
-        denoiser, recipe.shape, recipe.n_classes, recipe.nfe, solver, recipe.sigmas, device, latents=latents
+        denoiser,
+        recipe.shape,
+        recipe.n_classes,
+        recipe.nfe,
+        solver,
+        recipe.sigmas,
+        device,
+        latents=latents,
+        student=student,
     )
+
+
+def _pipeline(recipe: Recipe) -> Any:
+    """A pipeline of latents; that of a run is its teacher's, with the student's network in it."""
+    if recipe.base is None:
+        return load_pipeline(recipe.folder)
+    run = StudentRun.read(recipe.files[0].parent)
+    pipe = load_pipeline(recipe.base, without=(run.part,))
+    pipe.register_modules(**{run.part: run.load_network(recipe.base)})
+    return pipe
 
 
 def _name(file: str | Path | None) -> str | None:

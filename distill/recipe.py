@@ -6,7 +6,7 @@ is wrong with twenty models before it spends a night on the first.
 
 import json
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -14,23 +14,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill import checkpoint
 from distill.captions import read_prompts
-from distill.config import Train
+from distill.export import is_plain_safetensors
 from distill.folders import FACTS, SUPPORTED, UNUSED, pipeline_folder, read_facts
 from distill.prompts import PROMPTED, picture_shape, prompt_schedule
 from distill.run import read_record
+from distill.stock import CONSISTENCY, PIXELS, Steps, student_steps
+from distill.student_run import StudentRun, is_checkpoint
 from samplers import SOLVERS, Gaussian, karras_sigmas, nfe
 from samplers.adapters import coordinates_of
 from samplers.schedules import restarted
 
 LANDING = 0.5  # of a jump (`samplers.teleported`)
-_WEIGHTS = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a diffusion model is sampled; a one-step student takes no notice of it.
+    """How a diffusion model is sampled; a student takes no notice of it, but for the prompts.
 
     guidance: scale of classifier-free guidance; 1 is none. teleport: a Gaussian's file (`distill gaussian`), by which
     sampling begins with a jump to sigma_skip; None: to where the Gaussian's own bound is within the tolerance, in nats.
@@ -64,9 +64,11 @@ class Recipe:
     """What is known of a generator before it is loaded.
 
     kind: "run" (of a student), "student" (a pipeline's), "teacher", or the class of a pipeline with prompts or classes.
-    folder: where its networks lie. files: all that decide its images, beside `settings` (JSON), the Gaussian and the
-    prompts; each is below `folder`. shape: [C, H, W] of an image. nfe: evaluations for one; a guided one counts two.
-    sigmas: the schedule, before a jump. sigma_skip: the level jumped to.
+    folder: where its networks lie; base: where those lie that a run's student shares with its teacher. files: all that
+    decide its images, beside `settings` (JSON), the Gaussian and the prompts; each is below `folder` or `base`, and a
+    run's first one is the checkpoint's. shape: [C, H, W] of an image. nfe: evaluations for one; a guided one counts
+    two. sigmas: the schedule, before a jump. sigma_skip: the level jumped to. student: its steps. latent: whether a VAE
+    makes its images; asked: what its pipeline is told of size and guidance embedding.
     """
 
     kind: str
@@ -80,24 +82,31 @@ class Recipe:
     gaussian: Path | None = None
     sigma_skip: float | None = None
     prompts: tuple[str, ...] | None = None
+    student: Steps | None = None
+    latent: bool = False
+    asked: dict[str, Any] = field(default_factory=dict)
+    base: Path | None = None
 
-    @property
-    def one_step(self) -> bool:
-        """Whether it is a student."""
-        return self.kind in ("run", "student")
+    def name_of(self, file: Path) -> str:
+        """What one of `files` is called wherever its folder lies: its place below it."""
+        if self.base is not None and file.is_relative_to(self.base):
+            return f"base/{file.relative_to(self.base)}"
+        return str(file.relative_to(self.folder))
 
 
 def read_recipe(path: str | Path, sampling: Sampling | None = None) -> Recipe:
-    """How a run folder or a pipeline folder makes images.
+    """How a run folder, one checkpoint of a run of `distill train`, or a pipeline folder makes images.
 
     Raises ValueError for a folder that is neither, a pipeline that is not supported, and settings that do not fit it:
     guidance without a null label, a Gaussian of another shape, a jump that is none, prompts that are missing.
     """
     sampling = Sampling() if sampling is None else sampling
-    if read_record(Path(path)).get("command") == "train":
-        return _student_run(Path(path))
+    if is_checkpoint(Path(path)) or read_record(Path(path)).get("command") == "train":
+        return _student_run(Path(path), sampling)
     folder = pipeline_folder(path)
     index = _json(folder / "model_index.json")
+    if read_facts(folder).get("kind") == "student":
+        return _student_folder(folder, index, sampling)
     if index.get("_class_name") in PROMPTED:
         return _prompted(folder, index, sampling)
     return _unconditional(folder, index, sampling)
@@ -116,20 +125,83 @@ def gaussian_of(path: Path) -> Gaussian:
     return read_gaussian(path, path.stat().st_mtime_ns)
 
 
-def _student_run(run: Path) -> Recipe:
-    config = Train.model_validate(read_record(run))
-    if config.teacher.name != "pipeline":
-        raise ValueError(f"{run}: is a run of the toy {config.teacher.name}, which is no pipeline")
-    found = checkpoint.newest(run / "checkpoints")
-    if found is None:
-        raise ValueError(f"{run}: has no checkpoint yet")
-    network = run / "network"
-    unet, facts = _json(network / "unet/config.json"), read_facts(network)
-    files = (found / "average.safetensors", *_of_parts(network, ("unet", "scheduler"), weights=False))
-    n_classes = len(facts.get("classes", [])) or unet.get("num_class_embeds")
-    sigma = config.student.sigma_init
-    settings = {"kind": "student", "sigma_init": sigma}
-    return Recipe("run", run, files, _shape(unet), n_classes, 1, _levels(sigma), settings)
+def _student_run(path: Path, sampling: Sampling) -> Recipe:
+    run = StudentRun.read(path)
+    files = [run.checkpoint / "average.safetensors", *_of_parts(run.folder / "network", (run.part, "scheduler"), False)]
+    base = None
+    if not run.in_pixels:
+        base = run.base()
+        files += _of_parts(base, [name for name in _parts(run.index) if name not in (run.part, "scheduler")])
+    recipe = Recipe("run", run.folder, tuple(files), (0, 0, 0), None, 0, torch.empty(0), {}, base=base)
+    return _student(recipe, replace(run.steps, call=run.call), run.network, run.facts, sampling)
+
+
+def _student_folder(folder: Path, index: dict[str, Any], sampling: Sampling) -> Recipe:
+    """An exported student, or a consistency model of others, which is sampled in one step."""
+    kind, scheduler, facts = index.get("_class_name", ""), _scheduler(folder, index), read_facts(folder)
+    part = PROMPTED.get(kind, "unet")
+    network, coordinates = _json(folder / part / "config.json"), coordinates_of(scheduler)
+    steps = student_steps(scheduler, coordinates, kind, None, 1, network)
+    if "sigmas" in facts:
+        try:
+            # A float32 table of betas may end a rounding error below the level that it was made for.
+            sigmas = tuple(min(float(sigma), coordinates.sigma_limit) for sigma in facts["sigmas"])
+            steps = replace(steps, sigmas=sigmas, start=float(facts["start"]), floor=float(facts["floor"]))
+            steps = replace(steps, call=dict(facts["call"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{folder / FACTS}: does not say sigmas, start, floor and call of a student") from error
+    files = _of_parts(folder, _parts(index))
+    own = {"pipeline": {name: index[name] for name in _parts(index)}}
+    recipe = Recipe("student", folder, files, (0, 0, 0), None, 0, torch.empty(0), own)
+    return _student(recipe, steps, network, facts, sampling)
+
+
+def _student(
+    recipe: Recipe, steps: Steps, network: dict[str, Any], facts: dict[str, Any], sampling: Sampling
+) -> Recipe:
+    """The recipe with a student's steps, its conditions, and the shape of its images."""
+    levels = {"sigmas": list(steps.sigmas), "start": steps.start, "floor": steps.floor}
+    asked: dict[str, Any] = {}
+    prompts = None
+    n_classes = len(facts.get("classes") or []) or network.get("num_class_embeds")
+    if steps.pipeline == PIXELS:
+        shape = _shape(network)
+    else:
+        vae = _json((recipe.base or recipe.folder) / "vae/config.json")
+        asked |= {side: steps.call[side] for side in ("height", "width") if side in steps.call}
+        shape = picture_shape(network, vae)[1]
+        shape = (shape[0], asked.get("height", shape[1]), asked.get("width", shape[2]))
+        n_classes, prompts = _conditions(steps.pipeline, network, sampling, recipe.folder)
+        if network.get("guidance_embeds"):
+            asked["guidance_embedding"] = steps.call["guidance_scale"]
+    return replace(
+        recipe,
+        shape=shape,
+        n_classes=n_classes,
+        nfe=len(steps),
+        sigmas=torch.tensor([*steps.sigmas, 0.0], dtype=torch.float64),
+        settings=recipe.settings | {"kind": "student"} | levels | asked,
+        prompts=prompts,
+        student=steps,
+        latent=steps.pipeline != PIXELS,
+        asked=asked,
+    )
+
+
+def _conditions(
+    kind: str, network: dict[str, Any], sampling: Sampling, folder: Path
+) -> tuple[int | None, tuple[str, ...] | None]:
+    """The number of classes of a pipeline of latents, or its prompts. Raises ValueError for too few or too many."""
+    n_classes = network.get("num_embeds_ada_norm") if kind == "DiTPipeline" else None
+    if (sampling.prompts is None) == (n_classes is None):
+        needed = "has classes, and no use for words" if n_classes is not None else "needs a text file of them"
+        raise ValueError(f"prompts: {sampling.prompts}; {folder} {needed}")
+    return n_classes, None if sampling.prompts is None else read_prompts(Path(sampling.prompts))
+
+
+def _parts(index: dict[str, Any]) -> list[str]:
+    """The parts of a pipeline that samples are made by."""
+    return [name for name, part in index.items() if isinstance(part, list) and part[0] and name not in UNUSED]
 
 
 def _unconditional(folder: Path, index: dict[str, Any], sampling: Sampling) -> Recipe:
@@ -146,11 +218,8 @@ def _unconditional(folder: Path, index: dict[str, Any], sampling: Sampling) -> R
     n_classes = len(facts["classes"]) if facts.get("classes") else unet.get("num_class_embeds")
     own = {"pipeline": {part: index[part] for part in ("unet", "scheduler")}}
     coordinates = coordinates_of(scheduler)
-    consistency = type(scheduler).__name__ == "CMStochasticIterativeScheduler"
-    if facts.get("kind", "student" if consistency else "teacher") == "student":
-        levels = _levels(coordinates.sigma_max)
-        settings = own | {"kind": "student", "sigmas": levels.tolist()}
-        return Recipe("student", folder, files, _shape(unet), n_classes, 1, levels, settings)
+    if "kind" not in facts and type(scheduler).__name__ == CONSISTENCY:
+        return _student_folder(folder, index, sampling)
     if sampling.prompts is not None:
         raise ValueError(f"prompts: {sampling.prompts}; {folder} has no use for words")
     if sampling.guidance != 1 and facts.get("null_label") is None:
@@ -167,17 +236,12 @@ def _prompted(folder: Path, index: dict[str, Any], sampling: Sampling) -> Recipe
     kind = index["_class_name"]
     scheduler = _scheduler(folder, index)
     network = _json(folder / PROMPTED[kind] / "config.json")
-    parts = [name for name, part in index.items() if isinstance(part, list) and part[0] and name not in UNUSED]
     latent, shape = picture_shape(network, _json(folder / "vae/config.json"))
-    n_classes = network.get("num_embeds_ada_norm") if kind == "DiTPipeline" else None
-    if (sampling.prompts is None) == (n_classes is None):
-        needed = "has classes, and no use for words" if n_classes is not None else "needs a text file of them"
-        raise ValueError(f"prompts: {sampling.prompts}; {folder} {needed}")
-    prompts = None if sampling.prompts is None else read_prompts(Path(sampling.prompts))
+    n_classes, prompts = _conditions(kind, network, sampling, folder)
     sigmas = prompt_schedule(scheduler, sampling.steps)
     own = {name: index[name] for name in index if not name.startswith("_") and name not in (*UNUSED, "id2label")}
-    files = _of_parts(folder, parts)
-    recipe = Recipe(kind, folder, files, shape, n_classes, 0, sigmas, {"pipeline": own}, prompts=prompts)
+    files = _of_parts(folder, _parts(index))
+    recipe = Recipe(kind, folder, files, shape, n_classes, 0, sigmas, {"pipeline": own}, prompts=prompts, latent=True)
     return _sampled(recipe, sampling, latent)
 
 
@@ -221,10 +285,6 @@ def _sigma_skip(gaussian: Gaussian, recipe: Recipe, sampling: Sampling, shape: t
     return float(skip)
 
 
-def _levels(sigma: float) -> Tensor:
-    return torch.tensor([sigma, 0.0], dtype=torch.float64)
-
-
 def _shape(config: dict[str, Any]) -> tuple[int, int, int]:
     size = config["sample_size"]
     height, width = size if isinstance(size, list) else (size, size)
@@ -255,11 +315,6 @@ def _scheduler(folder: Path, index: dict[str, Any]) -> Any:
 def _of_parts(folder: Path, parts: Any, weights: bool = True) -> tuple[Path, ...]:
     """The files of a pipeline's parts that are read: configurations, vocabularies, and weights without a variant."""
     files = [file for part in parts for file in sorted((folder / part).rglob("*")) if file.is_file()]
-    chosen = [f for f in files if f.suffix in (".json", ".txt", ".model") or (weights and _is_weights(f.name))]
+    chosen = [f for f in files if f.suffix in (".json", ".txt", ".model") or (weights and is_plain_safetensors(f.name))]
     own = folder / FACTS
     return tuple([*chosen, own] if own.is_file() else chosen)
-
-
-def _is_weights(name: str) -> bool:
-    stem, _, shard = name.removesuffix(".safetensors").partition("-")
-    return f"{stem}.safetensors" in _WEIGHTS and name.endswith(".safetensors") and (not shard or "-of-" in shard)

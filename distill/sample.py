@@ -32,7 +32,8 @@ def sample(arguments: Namespace) -> Iterator[str]:
         steps, guidance, device = arguments.steps, arguments.guidance, arguments.device
         generator: ImageGenerator | ParticleGenerator
         if choice is None:
-            generator = load_generator(path, arguments.sampler or "heun", steps, guidance, device)
+            sampler, prompts = arguments.sampler or "heun", arguments.prompts
+            generator = load_generator(path, sampler, steps, guidance, device, prompts=prompts)
         else:
             generator = load_particle_generator(path, choice, steps, guidance, device)
         batches = [range(k, min(k + 500, arguments.n)) for k in range(0, arguments.n, 500)]
@@ -58,6 +59,8 @@ def _target(arguments: Namespace) -> "TargetChoice | None":
         return None
     if arguments.sampler is not None:
         raise ValueError(f"--sampler: {arguments.sampler} is not for --target, whose particles have steps of their own")
+    if arguments.prompts is not None:
+        raise ValueError(f"--prompts: {arguments.prompts} is not for --target, which is of pixels")
     uses = {"guided": (), "annealed": ("beta",), "product": ("beta", "classes"), "reward": ("reward", "scale", "steer")}
     for name in given:
         if name not in ("particles", *uses[arguments.target]):

@@ -46,7 +46,7 @@ class StudentRun:
         import diffusers
 
         path = Path(path)
-        is_one = (path / "average.safetensors").is_file() and not read_record(path)
+        is_one = is_checkpoint(path)
         run = path.parent.parent if is_one else path
         record = read_record(run)
         if record.get("command") != "train":
@@ -164,6 +164,11 @@ class StudentRun:
             raise ValueError(f"--base: the weights in {base / self.part} are not what the adapters were trained on")
         weights: dict[str, Tensor] = read_model(base / self.part, kind, torch.float32).state_dict()
         return weights
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a folder is one checkpoint of a run, rather than the run."""
+    return (path / "average.safetensors").is_file() and not (path / "config.yaml").is_file()
 
 
 def merged(weights: dict[str, Tensor], adapters: dict[str, Tensor], scale: float) -> dict[str, Tensor]:

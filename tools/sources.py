@@ -217,7 +217,7 @@ def _generated(path: Path, settings: SourceSettings, device: str, hashes: HashCa
     usable_device(device)
     recipe = read_recipe(path, settings)
     files = hashes.hash_all(recipe.files)
-    names = {str(file.path.relative_to(recipe.folder)): file.sha256 for file in files}
+    names = {recipe.name_of(file.path): file.sha256 for file in files}
     facts = recipe.settings | {"files": digest_json(names)}
     if recipe.gaussian is not None:
         files += hashes.hash_all([recipe.gaussian])

@@ -65,7 +65,9 @@ def save_run(name: str, place: Path, rank: int | None = None, alpha: float | Non
             "run": str(run),
             "teacher": {"path": str(place / "teacher")},
             "prompts": size,
-            "student": {"sigma_init": None, "lora": {"rank": rank, "alpha": alpha}} | student,
+            # From where DDPM starts, pictures of random weights are black and white only.
+            "student": {"sigma_init": 1.0 if name.startswith("ddpm") else None, "lora": {"rank": rank, "alpha": alpha}}
+            | student,
         }
     )
     for file in ("model_index.json", f"{part}/config.json", "vae/config.json", "scheduler/scheduler_config.json"):

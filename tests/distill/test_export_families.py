@@ -17,7 +17,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
-ADAPTED = ("sd15", "sdxl", "sd3", "flux", "dit", "pixart", "edm-classes")
+ADAPTED = ("sdxl", "sd3", "flux", "dit", "pixart", "edm-classes")
 
 
 def stock(pipe: Any, run: Path) -> Any:
@@ -41,7 +41,13 @@ def assert_same(made: torch.Tensor, truth: torch.Tensor, tolerance: float = 1e-5
 
 
 @pytest.mark.parametrize(
-    ("name", "steps"), [*((name, 1) for name in families.FAMILIES), *((name, 4) for name in ("sd15", "dit", "flux"))]
+    ("name", "steps"),
+    [
+        ("edm-classes", 1),
+        ("sd15", 4),
+        *(pytest.param(name, 1, marks=pytest.mark.slow) for name in families.FAMILIES if name != "edm-classes"),
+        *(pytest.param(name, 4, marks=pytest.mark.slow) for name in ("dit", "flux", "ddpm-v", "pixart")),
+    ],
 )
 def test_a_student(name: str, steps: int, tmp_path: Path) -> None:
     pipe = save_run(name, tmp_path, steps=steps)
@@ -59,7 +65,7 @@ def test_a_student(name: str, steps: int, tmp_path: Path) -> None:
         assert (pictures(name, stock(pipe, tmp_path / "run"), call) - truth).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("name", ADAPTED)
+@pytest.mark.parametrize("name", ["sd15", *(pytest.param(name, marks=pytest.mark.slow) for name in ADAPTED)])
 def test_adapters(name: str, tmp_path: Path) -> None:
     """Merged in a folder; as a file, which the stock loader reads; both are the network with adapters beside it."""
     pipe = save_run(name, tmp_path, rank=2, alpha=6.0)

@@ -123,7 +123,7 @@ def test_pixels(name: str, sigma_init: float | None, n: int) -> None:
         assert steps.sigmas[0] == pytest.approx(sigma_init, rel=0.02)  # the nearest of a thousand timesteps
 
 
-@pytest.mark.parametrize(("sigma_init", "n"), [(None, 1), (None, 4), (5.0, 3)])
+@pytest.mark.parametrize(("sigma_init", "n"), [(None, 1), (5.0, 3), pytest.param(None, 4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", LATENTS)
 def test_latents(name: str, sigma_init: float | None, n: int) -> None:
     pipe = LATENTS[name]()
