@@ -62,7 +62,8 @@ def budget(config: Train, networks: Networks, launch: Hardware, rows: int) -> Bu
     encoder = _encoder(config, networks, rows)
 
     held, moments = _held(config, networks, launch), dict[str, float]()
-    compare = max(teacher.peak, fake.predict.peak, *(p.peak for p in encoder.values()))
+    predict = teacher.peak / guided + fake.casts
+    compare = max(teacher.peak, predict, *(p.peak for p in encoder.values()))
     moments["the student's update"] = max(student.train.saved + compare, student.step)
     moments["a fake step"] = max(fake.step, *(p.peak for name, p in encoder.items() if name == "learn"), 0)
     if launch.sharded:
@@ -73,11 +74,12 @@ def budget(config: Train, networks: Networks, launch: Hardware, rows: int) -> Bu
 
 @dataclass(frozen=True)
 class _Passes:
-    """predict: without a graph. train: with its backward. step: the bytes of `train` in this launch."""
+    """train: a pass with its backward. step: its bytes in this launch. casts: bytes of the weights in low precision,
+    where autocast makes them."""
 
-    predict: Pass
     train: Pass
     step: float
+    casts: float
 
 
 def _passes(skeleton: Skeleton, config: Train, launch: Hardware, rows: int) -> _Passes:
@@ -90,7 +92,6 @@ def _passes(skeleton: Skeleton, config: Train, launch: Hardware, rows: int) -> _
     try:
         size = next(network.parameters()).element_size()
         call, inputs = skeleton.call(rows)
-        predict = measure(network, call, backward=False, autocast=autocast, inputs=inputs)
         checkpointing = config.memory.checkpointing
         train = measure(network, call, backward=True, checkpointing=checkpointing, autocast=autocast, inputs=inputs)
     finally:
@@ -99,7 +100,7 @@ def _passes(skeleton: Skeleton, config: Train, launch: Hardware, rows: int) -> _
     step = float(train.peak)
     if launch.sharded:  # gradients are scattered, block by block
         step -= size * trained * (1 - 1 / launch.processes)
-    return _Passes(predict, train, step)
+    return _Passes(train, step, 0.0 if autocast is None else float(autocast.itemsize * trained))
 
 
 def _encoder(config: Train, networks: Networks, rows: int) -> dict[str, Pass]:
@@ -192,7 +193,7 @@ def _update(
     flops = {
         "student": (1 + before) * student.train.forward + student.train.backward,
         "teacher": float(teacher.forward),
-        "fake score": fake.predict.forward + k * (fake.train.forward + fake.train.backward),
+        "fake score": fake.train.forward + k * (fake.train.forward + fake.train.backward),
     }
     if encoder:
         learn = encoder["learn"]
@@ -201,7 +202,7 @@ def _update(
             flops["discriminator"] += encoder["pull"].backward
     if config.target.name == "score-interpolation":
         share = config.target.updates / config.steps
-        flops["path"] = share * student.predict.forward
+        flops["path"] = share * student.train.forward
     return {name: each * value for name, value in flops.items()}
 
 
@@ -215,8 +216,10 @@ def largest_fitting(at: Fits, now: Budget, limit: float) -> int:
     """
     if now.peak <= limit:
         return now.rows
+    if now.rows == 1:
+        return 0
     one = at(1)
-    if one.peak > limit or now.rows == 1:
-        return 0 if one.peak > limit else 1
+    if one.peak > limit:
+        return 0
     slope = (now.peak - one.peak) / (now.rows - 1)
     return 1 + int((limit - one.peak) // slope)
