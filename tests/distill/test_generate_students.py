@@ -142,6 +142,7 @@ def test_refusals(tmp_path: Path, words: Path) -> None:
         load_generator(tmp_path / "exported", prompts=words)
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path: Path, words: Path) -> None:
     save_run("sd15", tmp_path, steps=2)
     result = distill("sample", "run", "--prompts", "words.txt", "--n", "4", "--out", "grid.png", cwd=tmp_path)
