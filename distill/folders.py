@@ -102,6 +102,8 @@ def read_pipeline(folder: Path) -> tuple[Any, Any]:
     if not hasattr(diffusers, scheduler_class):
         raise ValueError(f"{folder}: its scheduler {scheduler_class} is not one of diffusers")
 
+    for part in ("unet", "scheduler"):
+        _check_there(folder / part)
     scheduler = _read(folder / "scheduler", getattr(diffusers, scheduler_class).from_pretrained)
     if scheduler is None:  # diffusers stands a dummy in for a class that needs what is not installed
         raise ValueError(f"scheduler: {scheduler_class} needs a package that is not installed here")
@@ -137,6 +139,7 @@ def load_pipeline(folder: Path, without: Sequence[str] = (), text_dtype: torch.d
     import diffusers
 
     index = index_of(folder)
+    needed = {PIPELINES[str(index["_class_name"])].network, "scheduler", "vae"}
     parts: dict[str, Any] = {}
     for name, part in index.items():
         if not isinstance(part, list):
@@ -145,8 +148,12 @@ def load_pipeline(folder: Path, without: Sequence[str] = (), text_dtype: torch.d
         if name in UNUSED or name in without or library is None:
             parts[name] = None
         else:
+            _check_there(folder / name)
             with _silent():
                 parts[name] = _part(folder / name, library, kind, text_dtype)
+    missing = sorted(name for name in needed - set(without) if parts.get(name) is None)
+    if missing:
+        raise ValueError(f"{folder}: is a {index['_class_name']} without its {missing[0]}")
     with _silent(), _named(folder):
         pipe = getattr(diffusers, index["_class_name"]).from_pretrained(folder, local_files_only=True, **parts)
     pipe.set_progress_bar_config(disable=True)
@@ -172,6 +179,12 @@ def _part(folder: Path, library: str, name: str, text_dtype: torch.dtype) -> Any
     if wrong:  # transformers would go on with random weights
         raise ValueError(f"{folder}: its weights are not those of its config.json: {wrong[0]}")
     return model.requires_grad_(False).eval()
+
+
+def _check_there(part: Path) -> None:
+    """Some readers make something empty of a folder that is not there, others look for it on the hub."""
+    if not part.is_dir():
+        raise ValueError(f"{part}: is missing, and model_index.json names it")
 
 
 @contextmanager
@@ -221,4 +234,4 @@ def _read(part: Path, load: Callable[..., Any], **options: Any) -> Any:
         with _quiet():
             return load(part, local_files_only=True, **options)
     except Exception as error:  # diffusers raises a different type for each thing that can be wrong with a folder
-        raise ValueError(f"{part}: cannot be read ({str(error).splitlines()[0]})") from error
+        raise ValueError(f"{part}: cannot be read ({' '.join(str(error).split())[:300]})") from error

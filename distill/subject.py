@@ -89,7 +89,13 @@ def load_subject(config: Train | FirstStage, device: torch.device, precision: st
     """
     if config.teacher.name != "pipeline":
         return _toy(config, device)
-    teacher, rows = _teacher(config)
+    return subject_of(config, *_teacher(config), device, precision)
+
+
+def subject_of(
+    config: Train | FirstStage, teacher: Teacher, rows: Encoded | None, device: torch.device, precision: str = "no"
+) -> Subject:
+    """As `load_subject`, of a teacher with its prompts, in float32 on the CPU, and the rows encoded for it."""
     network: Any = teacher.denoiser.network
     steps = student_steps(
         teacher.scheduler,

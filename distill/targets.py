@@ -243,7 +243,7 @@ class Backtracking(nn.Module):
         if self._stages is not None and not self.final:
             self._count(difference)
         mismatch = difference[0] / difference[1]
-        return {"node": torch.tensor(node, device=mismatch.device), "target_mismatch": mismatch}
+        return {"node": mismatch.new_full((), node), "target_mismatch": mismatch}
 
     def _count(self, difference: Tensor) -> None:
         """One more update of a stage; at the end of a window, and only there, the device is read."""

@@ -83,7 +83,7 @@ class RatioWeight(nn.Module):
 
     def _mean(self, h: Tensor) -> Tensor:
         """Stage 2: the mean over the batches of all processes, []."""
-        total, count = self._total(torch.stack([h.sum(), h.new_tensor(float(len(h)))]))
+        total, count = self._total(torch.stack([h.sum(), h.new_full((), float(len(h)))]))
         return total / count
 
 
