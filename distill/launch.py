@@ -37,7 +37,7 @@ def launched(config: Teach | Train | FirstStage) -> Accelerator:
             raise ValueError(f"logging.trackers: {name} is not installed; `pip install {name}`, or leave it out")
     try:
         accelerator = Accelerator(log_with=trackers or None, project_dir=config.run)
-    except (ImportError, NotImplementedError, RuntimeError) as error:
+    except (ImportError, NotImplementedError, RuntimeError, ValueError) as error:
         raise ValueError(f"accelerate launch: {' '.join(str(error).split())}") from error
     check_launch(accelerator, config)
     return accelerator
@@ -48,6 +48,11 @@ def check_launch(accelerator: Accelerator, config: Teach | Train | FirstStage) -
     kind = accelerator.distributed_type.value
     if kind in _KINDS:
         raise ValueError(f"accelerate launch: {_KINDS[kind]} is not supported; {_ACCEPTED}")
+    compiler = accelerator.state.dynamo_plugin.backend.value.lower()
+    if compiler != "no":
+        if compiler not in torch._dynamo.list_backends(None):
+            known = ", ".join(["no", *torch._dynamo.list_backends()])
+            raise ValueError(f"dynamo_backend: {compiler} is not installed; accepted are {known}")
     sharded = sharding.asked() and accelerator.num_processes > 1
     if isinstance(config, Teach) and sharded:
         raise ValueError(
@@ -55,7 +60,7 @@ def check_launch(accelerator: Accelerator, config: Teach | Train | FirstStage) -
         )
     if not isinstance(config, Train):
         return
-    compiled = accelerator.state.dynamo_plugin.backend.value != "NO"
+    compiled = compiler != "no"
     if config.discriminator.features == "fake" and config.real.name != "none" and (sharded or compiled):
         how = "shared out by FSDP" if sharded else "compiled"
         raise ValueError(
@@ -73,9 +78,7 @@ def _check_environment() -> None:
     """What can be known before accelerate sets up: some of it would end in a traceback there, or in nothing at all."""
     for variable, name in _OTHERS.items():
         if os.environ.get(variable, "false").lower() not in ("false", ""):
-            raise ValueError(
-                f"accelerate launch: {name} is not supported; accepted are DDP and FSDP (--fsdp_version 2)"
-            )
+            raise ValueError(f"accelerate launch: {name} is not supported; {_ACCEPTED}")
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     if precision not in ("no", "bf16"):
         raise ValueError(f"mixed_precision: {precision}; accepted are no and bf16, which needs no scaling of losses")
