@@ -8,13 +8,14 @@ from typing import Any, NoReturn
 from tools.manifest import DEFAULT_METRICS, METRIC_NAMES
 from tools.presets import PRESET_NAMES
 
-COMMANDS = ("score", "batch", "report", "compare", "verify", "stats")
+COMMANDS = ("score", "batch", "watch", "report", "compare", "verify", "stats")
 DIGITS = ("digits=relative-fd,precision,recall,class-entropy,class-accuracy", "pixels=fd")  # what `score` asks for
 
 _DESCRIPTION = """Judge samples: distances with their errors, as batches of jobs that survive anything.
 
   distill-fid score teacher=runs/a student=runs/b            one table, now
   distill-fid batch manifest.yaml --workers 3                all points of a matrix, resumable, by any number of workers
+  distill-fid watch runs/a --manifest manifest.yaml          the snapshots of a run as they appear, until it ends
   distill-fid report runs/eval --csv all.csv --plots plots   tables and pictures of what is there
   distill-fid compare A.json B.json                          a paired difference with its interval
   distill-fid verify RESULT.json                             whether a result still is what its inputs give
@@ -81,6 +82,19 @@ def parser() -> argparse.ArgumentParser:
     add("--submitit", metavar="KEY=VALUE,...", help="workers as jobs of a cluster, with submitit's parameters "
         "(cluster=slurm,timeout_min=60,slurm_partition=gpu)")  # fmt: skip
     add("--device", help="torch device (default: this process's CUDA device where there is one)")
+
+    watch = commands.add_parser("watch", help="judge a run's snapshots (logging.keep_every) as they appear")
+    add = watch.add_argument
+    add("run", type=Path, metavar="RUN", help="run folder of distill train; results go to RUN/evaluation.jsonl")
+    add("--manifest", type=Path, metavar="FILE", help="as of batch; its sources are the snapshots, whatever it names")
+    add("--reference", help="without a manifest: images, or statistics (.npz) (default: digits)")
+    add("--features", nargs="+", metavar="NAME[=METRIC,...]", help="without a manifest: as of score")
+    add("--n", type=_whole(4), help="without a manifest: samples of a snapshot (default: 2000)")
+    add("--prompts", metavar="FILE", help="without a manifest: prompts of text-to-image students")
+    add("--once", action="store_true", help="judge what is there, and end")
+    add("--every", type=_finite, default=30.0, metavar="SECONDS", help="between looks (default: 30)")
+    add("--workers", type=_whole(1), default=1, help=_WORKERS)
+    add("--device", help="torch device (default: a CUDA device where there is one)")
 
     report = commands.add_parser("report", help="Markdown of results, CSV and pictures on request")
     add = report.add_argument

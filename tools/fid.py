@@ -8,12 +8,13 @@ import os
 import shlex
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distill.progress import is_first
-from tools.arguments import parser
-from tools.manifest import manifest_of, read_manifest
+from tools.arguments import DIGITS, parser
+from tools.manifest import DEFAULT_METRICS, Manifest, manifest_of, read_content, read_manifest
 
 if TYPE_CHECKING:
     from tools.results import Result
@@ -55,10 +56,7 @@ def _stats(arguments: argparse.Namespace, _: str) -> None:
 
 
 def _score(arguments: argparse.Namespace, command: str) -> None:
-    features = {}
-    for asked in arguments.features:
-        name, equals, metrics = asked.partition("=")
-        features[name] = tuple(metrics.split(",")) if equals else tuple(arguments.metrics)
+    features = _features(arguments.features, arguments.metrics)
     manifest = manifest_of(
         {
             "reference": arguments.reference,
@@ -87,6 +85,39 @@ def _score(arguments: argparse.Namespace, command: str) -> None:
         folder, device = arguments.out or Path(spare), _device(arguments.device)
         results = run_batch(manifest, folder, workers=arguments.workers, device=device, command=command)
         print(markdown_table(results), end="")
+
+
+def _features(asked: Sequence[str], default: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """NAME=METRIC,... or NAME -> {name: metrics}."""
+    features = {}
+    for one in asked:
+        name, equals, metrics = one.partition("=")
+        features[name] = tuple(metrics.split(",")) if equals else tuple(default)
+    return features
+
+
+def _watch(arguments: argparse.Namespace, command: str) -> None:
+    given = {name: getattr(arguments, name) for name in ("reference", "features", "n", "prompts")}
+    given = {name: value for name, value in given.items() if value is not None}
+    if arguments.every <= 0:
+        raise ValueError(f"every: {arguments.every}; accepted are positive seconds")
+    if arguments.manifest is not None:
+        if given:
+            raise ValueError(f"{next(iter(given))}: {next(iter(given.values()))!r} and a manifest; accepted is one")
+        content = read_content(arguments.manifest)
+    else:
+        features = _features(given.get("features", DIGITS), DEFAULT_METRICS)
+        content = {"reference": given.get("reference", "digits"), "features": features, "n": given.get("n", 2000)}
+        content["matrix"] = {"prompts": given.get("prompts")}
+    from tools.processes import run_batch
+    from tools.watch import watch
+
+    def judge(manifest: Manifest, folder: Path) -> list[Path]:
+        options: dict[str, Any] = {"workers": arguments.workers, "device": _device(arguments.device)}
+        results = run_batch(manifest, folder, command=command, **options)
+        return [folder / "results" / f"{result.key}.json" for result in results]
+
+    watch(arguments.run, content, judge, once=arguments.once, every=arguments.every)
 
 
 def _batch(arguments: argparse.Namespace, command: str) -> None:
@@ -171,6 +202,7 @@ def _compare(arguments: argparse.Namespace, _: str) -> None:
 _COMMANDS = {
     "score": _score,
     "batch": _batch,
+    "watch": _watch,
     "report": _report,
     "compare": _compare,
     "verify": _verify,

@@ -206,13 +206,18 @@ class _Loader(yaml.SafeLoader):
 
 def read_manifest(path: str | Path) -> Manifest:
     """Reads a YAML manifest. Raises ValueError, naming the file, the field and what is accepted, if it is not one."""
+    return manifest_of(read_content(path), str(path))
+
+
+def read_content(path: str | Path) -> dict[str, Any]:
+    """The fields of a YAML manifest, as they are. Raises ValueError, naming the file, for what is no mapping."""
     try:
         content = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"manifest: {path} cannot be read ({' '.join(str(error).split())})") from error
     if not isinstance(content, dict):
         raise ValueError(f"manifest: {path} is not a mapping of settings to values")
-    return manifest_of(content, str(path))
+    return content
 
 
 def manifest_of(content: dict[str, Any], where: str) -> Manifest:

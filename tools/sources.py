@@ -23,7 +23,8 @@ __all__ = ["Samples", "Source", "SourceSettings", "open_source", "write_png"]
 
 SourceSettings = Sampling  # how a diffusion model is sampled; other sources take no notice
 DIGITS: dict[str, Split] = {"digits": "train", "digits:held-out": "held-out"}
-GENERATED = ("model_index.json", "config.yaml", "model/model_index.json")  # one of these makes a folder a generator
+# One of these makes a folder a generator; the last is one checkpoint of a run, or a snapshot.
+GENERATED = ("model_index.json", "config.yaml", "model/model_index.json", "average.safetensors")
 
 
 @dataclass(frozen=True)
