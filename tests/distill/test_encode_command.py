@@ -94,6 +94,7 @@ def test_killed_anywhere_it_goes_on_and_ends_the_same(done: Path) -> None:
         assert all(whole[file.name] == file.read_bytes() for file in out.glob("*.safetensors"))
     assert kills >= 3
     assert not (out / MANIFEST).exists()
+    (out / f".{shard_name(3)}.0a1b2c3d.tmp").write_bytes(b"half")  # where a kill falls into the writing
     before = stamps(out)
     result = distill(*WORK, "--out", "killed", cwd=done)
     assert result.code == 0, result.err
