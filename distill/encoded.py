@@ -7,7 +7,7 @@ negative one) and shards of a fixed number of rows. Nothing is read before it is
 import hashlib
 import json
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -117,8 +117,8 @@ class Encoded:
                 raise ValueError(f"encoded: {self.folder} has no {name}; there are {', '.join(there)}")
         if not len(numbers):
             return {name: torch.empty(0, *self.facts["tensors"][name]) for name in names}
-        found = [self._row(int(number), names) for number in numbers]
-        return {name: torch.cat([row[name] for row in found]) for name in names}
+        found = [self._read(span, names) for span in self._spans(numbers)]
+        return {name: torch.cat([part[name] for part in found]) for name in names}
 
     def check(self, pipe_class: str, vae: Mapping[str, Any] | None, encoders: Mapping[str, str]) -> None:
         """Raises ValueError, naming both, for rows that another pipeline, VAE or text encoders made.
@@ -161,15 +161,26 @@ class Encoded:
                 f"teacher's are {told[1]}"
             )
 
-    def _row(self, number: int, names: Sequence[str]) -> dict[str, Tensor]:
-        """Row k, each [1, ...]."""
-        if not 0 <= number < len(self):
-            raise ValueError(f"encoded: row {number}; {self.folder} has rows 0 .. {len(self) - 1}")
-        mirrored, number = divmod(number, self.facts["count"])
+    def _spans(self, numbers: Sequence[int]) -> Iterator[range]:
+        """The numbers, in their order, as far as one look into one shard goes."""
+        start = stop = -1
+        for number in map(int, numbers):
+            if not 0 <= number < len(self):
+                raise ValueError(f"encoded: row {number}; {self.folder} has rows 0 .. {len(self) - 1}")
+            if number != stop or number % self.facts["count"] % self.facts["rows"] == 0:
+                if stop > start:
+                    yield range(start, stop)
+                start = number
+            stop = number + 1
+        yield range(start, stop)
+
+    def _read(self, span: range, names: Sequence[str]) -> dict[str, Tensor]:
+        """Rows that lie side by side in a shard, each [n, ...]."""
+        mirrored, number = divmod(span.start, self.facts["count"])
         k, place = divmod(number, self.facts["rows"])
-        file = self._shard(k)
+        file, where = self._shard(k), slice(place, place + len(span))
         keys = {name: MIRRORED if mirrored and name == LATENTS else name for name in names}
-        return {name: file.get_slice(key)[place : place + 1] for name, key in keys.items()}
+        return {name: file.get_slice(key)[where] for name, key in keys.items()}
 
     def _shard(self, k: int) -> Any:
         if k in self._files:

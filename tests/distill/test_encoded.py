@@ -172,6 +172,14 @@ def test_more_shards_than_are_kept_open(place: Path, monkeypatch: pytest.MonkeyP
         assert torch.equal(row, encoded.rows([k])["latents"][0])
 
 
+@pytest.mark.parametrize("order", [range(10), [3, 4, 5, 6, 0, 1, 1, 2, 9, 8, 4, 5], range(1, 7), [9], [4, 5]])
+def test_a_row_is_the_same_whatever_is_read_with_it(place: Path, order: Any) -> None:
+    """Spans over the ends of shards (2 rows, the last of 1) and over the middle, where the mirror images begin."""
+    encoded = Encoded.read(place / "sd15")
+    for name, value in encoded.rows(order).items():
+        assert torch.equal(value, torch.cat([encoded.rows([k])[name] for k in order]))
+
+
 def test_prompts_alone_and_images_alone(place: Path, tmp_path: Path) -> None:
     pipeline = str(place / "pipelines/sd15")
     (tmp_path / "words.jsonl").write_text("\n".join(json.dumps({"text": w}) for w in WORDS))
