@@ -59,7 +59,7 @@ def read_encoder(path: str | Path, device: torch.device | str = "cpu") -> Encode
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"pipeline: {folder}: its model_index.json is not that of a pipeline") from error
     if (library, vae_class) != ("diffusers", "AutoencoderKL"):
-        found = "has no VAE (leave `pipeline` out to fit pixels)" if vae_class is None else f"its VAE is a {vae_class}"
+        found = "has no VAE, its samples are pixels" if vae_class is None else f"its VAE is a {vae_class}"
         raise ValueError(f"pipeline: {folder}: {found}; supported is an AutoencoderKL")
     from diffusers import AutoencoderKL
 

@@ -172,6 +172,10 @@ def test_other_settings_are_refused(done: Path, here: Here, words: tuple[Any, ..
             "negative_prompt: 'x' has no use",
         ),
         (("--data.name", "folder", "--data.path", "classes", "--prompts", "a.txt"), "a.txt; words for images are in a"),
+        (
+            ("--data.name", "folder", "--data.path", "classes", "--pipeline", "pixels"),
+            "pixels: has no VAE, its samples",
+        ),
         (("--data.name", "folder", "--data.path", "half"), "half/01.png has no 01.txt beside it"),
         (("--data.name", "folder", "--data.path", "cut"), "cut/00.png cannot be read as an image"),
         (("--config", "train.yaml"), "is for `distill train`, not for `distill encode`"),
@@ -196,6 +200,7 @@ def bad(done: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     index = json.loads((done / "pipe/model_index.json").read_text())
     for name, changes in (
         ("other", {"_class_name": "StableCascadeDecoderPipeline"}),
+        ("pixels", {"_class_name": "DDPMPipeline", "vae": [None, None]}),
         ("wordless", {"text_encoder": [None, None], "tokenizer": [None, None]}),
     ):
         (place / name).mkdir()
