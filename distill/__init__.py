@@ -15,6 +15,7 @@ disback      configuration -> path, and target on it      degradation   stage 1:
 nodes        a path on disk: nodes, manifest              mismatch      a score's distance to a student's own
 noise        samples of a process, noise levels           optim         one network's update
 checkpoint   resumable, safetensors (atomic: files)       export        students as diffusers folders (card: cards)
+stock        noise levels that a stock pipeline takes     student_run   a run's student, read from its folder
 recipe       what a folder would make images by           generate      images by a recipe
 prompts      images from pipelines of latents             pictures      grids and curves
 gaussian     a Gaussian of data or latents, streaming     latents       a pipeline's VAE, inverted
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from distill.adversary import Adversary, FakeHeads, TeacherHeads
     from distill.discriminator import Discriminator, log_ratio
     from distill.divergences import DIVERGENCES, FDivergence, alpha
-    from distill.export import export_student
+    from distill.export import export_lora, export_student
     from distill.generate import load_generator
     from distill.losses import (
         adversarial_loss,
@@ -72,6 +73,7 @@ _HOME = {
     "difference_penalty": "losses",
     "discriminator_loss": "losses",
     "distribution_matching_loss": "losses",
+    "export_lora": "export",
     "export_student": "export",
     "gradient_penalty": "losses",
     "level_weight": "losses",
@@ -105,6 +107,7 @@ __all__ = [
     "difference_penalty",
     "discriminator_loss",
     "distribution_matching_loss",
+    "export_lora",
     "export_student",
     "gradient_penalty",
     "level_weight",

@@ -63,7 +63,7 @@ def save_run(name: str, place: Path, rank: int | None = None, alpha: float | Non
     config = Train.model_validate(
         {
             "run": str(run),
-            "teacher": {"path": str(place / "teacher")},
+            "teacher": {"path": str(place / "teacher"), "guidance_embedding": 2.0},  # Flux's; not what it defaults to
             "prompts": size,
             # From where DDPM starts, pictures of random weights are black and white only.
             "student": {"sigma_init": 1.0 if name.startswith("ddpm") else None, "lora": {"rank": rank, "alpha": alpha}}
