@@ -81,14 +81,14 @@ class RealRows:
         self._rows, self._device = rows, device
 
     def __call__(self, noise: SampleNoise, cond: Any) -> Tensor:
-        found = self._rows.rows(cond.numbers.tolist())[LATENTS]
+        found = self._rows.rows(cond.numbers.tolist(), [LATENTS])[LATENTS]
         return found.to(self._device, non_blocking=True).float()
 
 
 def encoded_images(rows: Encoded, shape: tuple[int, ...]) -> Images:
     """Latents with their classes, all in memory. Raises ValueError as `RealRows`."""
     _check_latents(rows, shape)
-    return Images(rows.rows(range(len(rows)))[LATENTS].float(), rows.labels, rows.classes)
+    return Images(rows.rows(range(len(rows)), [LATENTS])[LATENTS].float(), rows.labels, rows.classes)
 
 
 def _check_latents(rows: Encoded, shape: tuple[int, ...]) -> None:

@@ -1,7 +1,7 @@
 """What a run distils: a diffusers teacher or an exact toy, and the networks of the student and the fake score."""
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,10 +74,10 @@ class EmbeddedPrompts:
     def __len__(self) -> int:
         return len(self._places)
 
-    def rows(self, numbers: Sequence[int]) -> dict[str, Tensor]:
-        """Some rows, in their order, [B, ...] each."""
+    def rows(self, numbers: Sequence[int], names: Collection[str] | None = None) -> dict[str, Tensor]:
+        """Some rows, in their order, [B, ...] each; names: of the embeddings, None is all."""
         places = self._places[list(numbers)]
-        return {name: tensor[places] for name, tensor in self._table.items()}
+        return {name: self._table[name][places] for name in names or self._table}
 
 
 def load_subject(config: Train | FirstStage, device: torch.device, precision: str = "no") -> Subject:
@@ -110,7 +110,7 @@ def subject_of(
     student_lora = config.student.lora if isinstance(config, Train) else Lora()
     fake_lora = config.fake.lora if isinstance(config, Train) else config.lora
     copies = [teacher.clone() if lora.rank is None else None for lora in (student_lora, fake_lora)]
-    network.to(dtype)  # after full copies are made, and before adapters are put on it
+    teacher.denoiser.to(dtype)  # after full copies are made, and before adapters are put on it
     student, fake = (
         adapted(teacher.denoiser, lora, config.seed + k) if made is None else made
         for k, (made, lora) in enumerate(zip(copies, (student_lora, fake_lora), strict=True))

@@ -1,7 +1,7 @@
 """The model that is distilled: a diffusers pipeline as one frozen denoiser, with its conditions and its latents."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -21,7 +21,7 @@ class Embeddings(Protocol):
 
     def __len__(self) -> int: ...
 
-    def rows(self, numbers: Sequence[int]) -> Mapping[str, Tensor]: ...
+    def rows(self, numbers: Sequence[int], names: Collection[str] | None = None) -> Mapping[str, Tensor]: ...
 
 
 class Prompted(dict[str, Any]):
@@ -48,15 +48,14 @@ class Words:
 
     def condition(self, embeddings: Mapping[str, Tensor]) -> dict[str, Any]:
         """The network's arguments for the embeddings of B prompts, on the pipeline's device."""
-        tensors = {name: value for name, value in embeddings.items() if name in self.null}
         size = {"height": self.height, "width": self.width}
-        return condition(self.pipe, tensors, **size, guidance_embedding=self.guidance_embedding)
+        return condition(self.pipe, embeddings, **size, guidance_embedding=self.guidance_embedding)
 
     def of_numbers(self, numbers: Tensor) -> Prompted:
         """The network's arguments for the prompts with these numbers, [B]."""
         if self.prompts is None:
             raise ValueError("prompts: there are none; needed is prompts.file or prompts.encoded")
-        cond = Prompted(self.condition(self.prompts.rows(numbers.tolist())))
+        cond = Prompted(self.condition(self.prompts.rows(numbers.tolist(), tuple(self.null))))
         cond.numbers = numbers
         return cond
 

@@ -67,7 +67,8 @@ class BatchShare:
     seed: int
     size: int = 256
 
-    def noise(self, batch: int) -> BatchNoise:
+    def noise(self, batch: int, part: int = 0, parts: int = 1) -> BatchNoise:
+        assert (part, parts) == (0, 1), "a batch of one part"
         return BatchNoise(self.seed, batch, self.size)
 
 

@@ -139,7 +139,7 @@ def test_a_teacher_sees_every_image_and_drops_its_share_of_labels() -> None:
     asked = Asked()
     images = Images(torch.zeros(30, 1, 2, 2), torch.arange(30) % 3, ("a", "b", "c"))
     update = Update(torch.optim.SGD(asked.parameters(), lr=0.0), lambda step: 0.0)
-    average = (copy.deepcopy(asked), asked, 0.5)
+    average = Average(copy.deepcopy(asked), asked, 0.5)
     options = {"average": average, "null_label": 3, "sigma_data": 0.5}
     for dropout, nulls in ((0.0, (0, 0)), (0.25, (180, 270))):
         asked.labels = []
