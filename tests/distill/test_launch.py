@@ -1,6 +1,7 @@
 """What a launcher may ask for: bfloat16, compiled networks; refused where it is not supported or not here."""
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,7 @@ def test_what_is_not_supported_or_not_here_is_refused(monkeypatch: pytest.Monkey
         launched(train())
 
 
+@pytest.mark.skipif(find_spec("wandb") is not None, reason="it is installed here")
 def test_a_tracker_that_is_not_installed_is_named() -> None:
     with pytest.raises(ValueError, match=r"logging.trackers: wandb is not installed; `pip install wandb`"):
         launched(train(logging={"trackers": ["wandb"]}))
