@@ -28,7 +28,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
 WORDS = ("a red fox", "two green hills, at night", "hill", "a red fox", "fox")
-SLOW = ("sdxl", "pixart-sigma", "sd3")
+SLOW = ("sd21", "sdxl", "pixart-sigma", "sd3", "flux-schnell")
 
 
 def pictures(root: Path, n: int = len(WORDS), classes: tuple[str, ...] = ("",), words: bool = False) -> Path:
