@@ -92,8 +92,15 @@ def _passes(skeleton: Skeleton, config: Train, launch: Hardware, rows: int) -> _
     try:
         size = next(network.parameters()).element_size()
         call, inputs = skeleton.call(rows)
-        checkpointing = config.memory.checkpointing
-        train = measure(network, call, backward=True, checkpointing=checkpointing, autocast=autocast, inputs=inputs)
+        train = measure(
+            network,
+            call,
+            backward=True,
+            checkpointing=config.memory.checkpointing,
+            autocast=autocast,
+            accumulated=rows * launch.processes < config.batch_size,
+            inputs=inputs,
+        )
     finally:
         if launch.sharded:
             nn.Module.to(network, torch.float32)
@@ -122,8 +129,8 @@ def _encoder(config: Train, networks: Networks, rows: int) -> dict[str, Pass]:
                 return torch.autograd.grad(total, x, create_graph=True)[0]
             return total
 
-        kept = {"backward": graph != "none", "checkpointing": graph == "pull" and _able(network)}
-        return measure(network, features, inputs=inputs, fused=graph != "twice", **kept)
+        again, fused = graph == "pull" and _able(network), graph != "twice"
+        return measure(network, features, backward=graph != "none", checkpointing=again, fused=fused, inputs=inputs)
 
     if not of_teacher:
         found = {"forward": read(rows, "none"), "learn": read(rows, "weights")}

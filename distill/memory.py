@@ -50,15 +50,20 @@ def measure(
     checkpointing: bool = False,
     autocast: torch.dtype | None = None,
     fused: bool = True,
+    accumulated: bool = False,
     inputs: Iterable[Tensor] = (),
 ) -> Pass:
     """What `call`, a pass of a diffusers network on the meta device, needs; with its backward pass if asked.
 
     checkpointing: blocks keep what they were given, and are computed again. autocast: the dtype of the launch's mixed
     precision; None is none. fused: attention by a kernel that keeps no table, which cannot be differentiated twice.
-    inputs: what is held anyway.
+    accumulated: the gradients of an earlier part of the batch are there. inputs: what is held anyway.
     """
-    live = _Live([*network.parameters(), *network.buffers(), *inputs])
+    gradients = [torch.zeros_like(p) for p in network.parameters() if p.requires_grad and accumulated]
+    for parameter, gradient in zip((p for p in network.parameters() if p.requires_grad), gradients, strict=False):
+        parameter.grad = gradient
+    live = _Live([*network.parameters(), *network.buffers(), *inputs, *gradients])
+    live.now = live.peak = sum(gradient.nbytes for gradient in gradients)
     kernels = _Kernels(autocast, fused)
     if checkpointing:
         network.enable_gradient_checkpointing(
@@ -134,7 +139,7 @@ class _Kernels(TorchFunctionMode):
         elif self._autocast is not None and name in _FULL:
             args, kwargs = tree_map_only(Tensor, _full, (args, kwargs))
         if name == "scaled_dot_product_attention" and self._fused:
-            query, key, value = [*args[:3], *(kwargs[part] for part in _ATTENTION[len(args) :])]
+            query, key, value = (args[k] if k < len(args) else kwargs[part] for k, part in enumerate(_ATTENTION))
             return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
         return func(*args, **kwargs)
 

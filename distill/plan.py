@@ -10,16 +10,13 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from distill.blueprint import blueprint
+from distill.blueprint import Blueprint, blueprint
 from distill.budget import Budget, Networks, budget, largest_fitting
 from distill.config import Train
 from distill.experiment import real_samples, untrained_heads
 from distill.folders import pipeline_folder
 from distill.hardware import SHARE, Hardware
-from distill.noise import check_log_normal, check_range
-from distill.stock import Steps
 from distill.subject import checked_subject
-from distill.teacher import Teacher
 
 _GIB = 2**30
 
@@ -38,8 +35,8 @@ def plan(config: Train, hardware: Hardware | None = None) -> list[str]:
     if config.teacher.name != "pipeline":
         return [*lines, *_toy(config)]
     hardware = hardware or Hardware.present()
-    networks, teacher, steps = blueprint(config, hardware)
-    return [*lines, *_of_pipeline(config, networks, teacher, steps), *_needs(config, networks, hardware)]
+    built = blueprint(config, hardware)
+    return [*lines, *_of_pipeline(config, built), *_needs(config, built.networks, hardware)]
 
 
 def _is_here(path: str) -> bool:
@@ -65,14 +62,17 @@ def _toy(config: Train) -> list[str]:
     return lines
 
 
-def _of_pipeline(config: Train, networks: Networks, teacher: Teacher, steps: Steps) -> list[str]:
+def _of_pipeline(config: Train, built: Blueprint) -> list[str]:
     """The networks, and the levels that they would see."""
-    low, high = check_range(config.noise.sigma_min, config.noise.sigma_max, teacher.sigma_min, teacher.sigma_max)
-    check_log_normal("fake.noise", config.fake.noise, low, high)
-    if config.real.name == "teacher" and config.real.count < (teacher.n_classes or 1):
-        raise ValueError(f"real.count: {config.real.count} is less than one for each of {teacher.n_classes} classes")
+    networks, teacher, steps = built.networks, built.teacher, built.steps
+    lines = [_shape(teacher.shape, *built.levels)]
+    if config.real.name == "data":
+        path = config.real.data.path
+        if path is None or Path(path).exists():
+            real_samples(config, built.subject, Accelerator())
+        else:
+            lines.append(f"real.data.path: {path} is not here, so no images were read")
     network = networks.teacher.network
-    lines = [_shape(teacher.shape, low, high)]
     lines.append(
         f"teacher: {networks.teacher.kind}, {type(network).__name__} with {type(teacher.scheduler).__name__}, "
         f"{_name(next(network.parameters()).dtype)}"

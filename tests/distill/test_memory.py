@@ -18,8 +18,8 @@ from tests.distill.families import save
 
 ROWS = 4
 SIZE: dict[str, Any] = {"flux": {"height": 16, "width": 16}}
-NAMES = ("edm-classes", "dit", "sdxl", "flux")  # a UNet in pixels, a transformer with classes, with words, tokens
-MORE = [pytest.param(name, marks=pytest.mark.slow) for name in ("ddpm", "sd15", "pixart", "sd3")]
+NAMES = ("edm-classes", "sdxl")
+MORE = [pytest.param(name, marks=pytest.mark.slow) for name in ("ddpm", "dit", "sd15", "pixart", "sd3", "flux")]
 
 
 def layers(*widths: int) -> nn.Sequential:
@@ -42,6 +42,9 @@ def test_a_chain_of_layers_has_a_closed_form() -> None:
     assert learned.forward == plain.forward
     assert learned.backward == 2 * 2 * 8 * weights - 2 * 8 * 100 * 300  # nobody asks for the gradient of x
     assert all(p.grad is None for p in network.parameters())
+    later = measure(network, lambda: network(x), backward=True, accumulated=True, inputs=[x])
+    assert later.saved == 4 * weights + learned.saved
+    assert later.peak > 4 * weights + 4 * 500 * 200  # all that there are, and one more before it is added
 
 
 def test_autocast_keeps_a_cast_of_every_weight_for_the_backward_pass() -> None:

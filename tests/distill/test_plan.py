@@ -25,13 +25,14 @@ PARAMETERS = {  # as their publishers count them
     "StableDiffusion3Pipeline": (2_028_328_000, (16, 128, 128)),
     "FluxPipeline": (11_901_408_320, (16, 128, 128)),
 }
+LARGE = tuple(PARAMETERS)
 
 
 def config(path: object, **changes: Any) -> Train:
     return Train.model_validate(TRAIN | {"teacher": {"path": str(path)}} | changes)
 
 
-@pytest.mark.parametrize("name", PARAMETERS)
+@pytest.mark.parametrize("name", [LARGE[0], *(pytest.param(name, marks=pytest.mark.slow) for name in LARGE[1:])])
 def test_a_published_model_is_built_without_weights_or_memory(name: str, tmp_path: Path) -> None:
     skeleton = read_skeleton(published.save(name, tmp_path / name))
     parameters = list(skeleton.network.parameters())
@@ -64,7 +65,7 @@ def test_sdxl_is_planned_whole_and_fits_where_adapters_share_its_weights(tmp_pat
 
 
 def networks(configured: Train, on: Hardware = ONE) -> Networks:
-    return blueprint(configured, on)[0]
+    return blueprint(configured, on).networks
 
 
 @pytest.mark.parametrize("heads", ["teacher", pytest.param("fake", marks=pytest.mark.slow)])
@@ -95,6 +96,7 @@ def test_an_update_needs_what_the_allocator_hands_out_to_the_trainer(heads: str)
     assert sum(told.update.values()) == pytest.approx(flops(lambda: arm.step(4)), rel=0.1)
 
 
+@pytest.mark.slow
 def test_peaks_fall_with_the_samples_at_once_and_the_most_that_fit_do(tmp_path: Path) -> None:
     configured = config(save("sd15", tmp_path / "p"), noise={}, student={"sigma_init": None})
     parts = networks(configured)
@@ -179,6 +181,7 @@ def test_hardware_is_what_the_launcher_says(monkeypatch: pytest.MonkeyPatch) -> 
     assert Hardware.parse("2xh100,bf16").speed == pytest.approx(0.35 * 2 * 989e12)
 
 
+@pytest.mark.slow
 def test_the_command_plans_for_hardware_that_is_not_here(place: Path) -> None:
     from tests.distill.command import distill
 
