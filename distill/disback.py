@@ -26,7 +26,7 @@ from distill.nodes import MANIFEST, DegradationPath, Node, Weights, fingerprint,
 from distill.noise import DEGRADATION, MISMATCH, PROBE, Share, log_normal_level
 from distill.optim import prepare
 from distill.progress import Progress, is_first
-from distill.run import Run, differences, drive, read_record
+from distill.run import Run, completed, differences, drive, read_record
 from distill.sections import Degradation
 from distill.subject import Subject, checked_subject, sampled
 from distill.targets import Backtracking, Fixed, Target, walk_of
@@ -164,8 +164,8 @@ def _fingerprints(config: Train | FirstStage, subject: Subject) -> dict[str, str
 def _refuse_other_settings(config: Train, complete: bool) -> None:
     """Raises ValueError where the path of a run was recorded, or begun, as the run does not say."""
     folder = Path(config.path)
-    record = read_record(folder)
-    changed = sorted(differences(record, config.first_stage().model_dump(mode="json"))) if record else []
+    record, stage = read_record(folder), config.first_stage()
+    changed = sorted(differences(completed(stage, record), stage.model_dump(mode="json"))) if record else []
     if changed:
         use = "name it in target.path of a run to use it as it is" if complete else "choose another folder"
         raise ValueError(

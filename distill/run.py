@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import yaml
 from accelerate import Accelerator
+from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -49,7 +50,7 @@ class Run:
     """A run folder, new or resumed.
 
     Raises ValueError where the folder already holds a run and `resume` is off, or where the configuration of a
-    resumed run has changed (it names the keys; those of `logging` may change).
+    resumed run has changed (it names the keys; those of `logging` and `memory` may change).
     """
 
     def __init__(self, config: Section, resume: bool, accelerator: Accelerator) -> None:
@@ -64,7 +65,7 @@ class Run:
         if not before and self._checkpoints.exists():
             raise ValueError(f"--resume: {self.folder} has checkpoints but no config.yaml that says of what")
         if before:
-            changed = sorted(differences(before, record))
+            changed = sorted(differences(completed(config, before), record))
             if changed:
                 raise ValueError(f"--resume: the configuration of {self.folder} has changed in {', '.join(changed)}")
         accelerator.wait_for_everyone()
@@ -217,10 +218,18 @@ def _write(path: Path, text: str) -> None:
         file.write(text.encode())
 
 
+def completed(config: Section, record: dict[str, Any]) -> dict[str, Any]:
+    """A record with the defaults of what its version did not know yet; itself where it is of another form."""
+    try:
+        return type(config).model_validate(record).model_dump(mode="json")
+    except ValidationError:
+        return record
+
+
 def differences(before: Any, after: Any, prefix: str = "") -> list[str]:
-    """The dotted keys at which two configurations differ, those of `logging` and `run` left out."""
+    """The dotted keys at which two configurations differ, those of `logging`, `memory` and `run` left out."""
     if isinstance(before, dict) and isinstance(after, dict):
-        keys = [key for key in {**before, **after} if prefix or key not in ("logging", "run")]
+        keys = [key for key in {**before, **after} if prefix or key not in ("logging", "memory", "run")]
         return [d for key in keys for d in differences(before.get(key), after.get(key), f"{prefix}{key}.")]
     return [] if before == after else [prefix.rstrip(".")]
 

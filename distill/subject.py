@@ -1,7 +1,7 @@
 """What a run distils: a diffusers teacher or an exact toy, and the networks of the student and the fake score."""
 
 import copy
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,7 +74,7 @@ class EmbeddedPrompts:
     def __len__(self) -> int:
         return len(self._places)
 
-    def rows(self, numbers: Sequence[int], names: Collection[str] | None = None) -> dict[str, Tensor]:
+    def rows(self, numbers: Sequence[int], names: Sequence[str] | None = None) -> dict[str, Tensor]:
         """Some rows, in their order, [B, ...] each; names: of the embeddings, None is all."""
         places = self._places[list(numbers)]
         return {name: self._table[name][places] for name in names or self._table}

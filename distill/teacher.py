@@ -1,7 +1,7 @@
 """The model that is distilled: a diffusers pipeline as one frozen denoiser, with its conditions and its latents."""
 
 import copy
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -21,7 +21,7 @@ class Embeddings(Protocol):
 
     def __len__(self) -> int: ...
 
-    def rows(self, numbers: Sequence[int], names: Collection[str] | None = None) -> Mapping[str, Tensor]: ...
+    def rows(self, numbers: Sequence[int], names: Sequence[str] | None = None) -> Mapping[str, Tensor]: ...
 
 
 class Prompted(dict[str, Any]):

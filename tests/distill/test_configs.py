@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from distill.cli import _parse
 from distill.config import COMMANDS, Teach, Train
-from distill.run import differences
+from distill.run import completed, differences
 from distill.sections import Network
 from tests.distill.tiny import TEACH, TRAIN
 
@@ -93,3 +93,16 @@ def test_the_schemas_load_no_torch() -> None:
     code = "import sys, distill.config; print('torch' in sys.modules)"
     result = fresh("-c", code, cwd=Path(sys.modules["distill"].__file__ or "").parents[1])
     assert result.stdout == "False\n", result.stderr
+
+
+def test_a_record_of_an_earlier_version_is_completed() -> None:
+    """Keys that it did not know have their defaults, so that its run goes on; what was changed is still named."""
+    now = Train(run="run", teacher={"path": "teacher"})
+    then = now.model_dump(mode="json")
+    for unknown in ("prompts", "memory"):
+        del then[unknown]
+    del then["student"]["steps"]
+    assert differences(completed(now, then), now.model_dump(mode="json")) == []
+    then["student"]["ema"] = 0.5
+    assert differences(completed(now, then), now.model_dump(mode="json")) == ["student.ema"]
+    assert completed(now, {"command": "train", "of": "another form"}) == {"command": "train", "of": "another form"}
