@@ -6,6 +6,9 @@ experiment   a configuration -> the objects it names      run           run fold
 plan         what a run would do: `--dry-run`             progress      a bar, or lines
 teacher      a diffusers folder as a frozen denoiser      pretrain      train a small teacher
 subject      what a run distils: a teacher, or a toy      toy           exact mixtures and networks for them
+source       the teacher of a configuration, its prompts  captions      prompts of files and folders
+encode       latents and embeddings, made once            encoded       and read (rows: what a row is)
+folders      pipeline folders, from local files           lora          adapters on shared weights
 student      x = D(sigma_init z, sigma_init)              data          digits, image folders
 losses       pure functions of tensors and denoisers      divergences   f, h(r): one table (weights: r -> a batch's h)
 taps         features of a network's encoder, by hooks    discriminator heads on them, whose logit is ln r

@@ -1,7 +1,7 @@
 """What a run distils: a diffusers teacher or an exact toy, and the networks of the student and the fake score."""
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,24 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from distill import pictures, toy
-from distill.captions import read_prompts
 from distill.config import FirstStage, Train
-from distill.encoded import Encoded, encoder_facts
-from distill.folders import index_of, pipeline_folder
+from distill.encoded import Encoded
 from distill.lora import adapted
 from distill.noise import GENERATION, check_log_normal, check_range
 from distill.sections import Lora
+from distill.source import frozen_dtype, load_teacher
 from distill.stock import student_steps
 from distill.student import Student
-from distill.teacher import Embeddings, Teacher
+from distill.teacher import Teacher
 from samplers import Denoiser, GaussianMixture, NetworkDenoiser, SampleNoise, heun, karras_sigmas, sample
-from samplers.pipelines import vae_facts
-from samplers.prompts import PIPELINES
 from samplers.schedules import karras_sigma
 
 PREVIEW_ROWS = 8  # of ten pixel images; of latents, which are decoded, it is one
 PREVIEW_POINTS = 2000
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Generate = Callable[[Tensor, Any, SampleNoise], Tensor]
 
 
@@ -61,25 +57,6 @@ class Subject:
     latent: bool = False
 
 
-class EmbeddedPrompts:
-    """Prompts' embeddings in memory, each prompt's once: those of a file that was not encoded before."""
-
-    def __init__(self, prompts: Sequence[str], embed: Callable[[str], Mapping[str, Tensor]]) -> None:
-        different = list(dict.fromkeys(prompts))
-        embedded = [embed(prompt) for prompt in different]
-        self._table = {name: torch.cat([row[name] for row in embedded]) for name in embedded[0]}
-        place = {prompt: k for k, prompt in enumerate(different)}
-        self._places = torch.tensor([place[prompt] for prompt in prompts])
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-    def rows(self, numbers: Sequence[int], names: Sequence[str] | None = None) -> dict[str, Tensor]:
-        """Some rows, in their order, [B, ...] each; names: of the embeddings, None is all."""
-        places = self._places[list(numbers)]
-        return {name: self._table[name][places] for name in names or self._table}
-
-
 def load_subject(config: Train | FirstStage, device: torch.device, precision: str = "no") -> Subject:
     """The subject that a configuration names; its networks are made on the CPU, the target is on `device`.
 
@@ -89,7 +66,7 @@ def load_subject(config: Train | FirstStage, device: torch.device, precision: st
     """
     if config.teacher.name != "pipeline":
         return _toy(config, device)
-    return subject_of(config, *_teacher(config), device, precision)
+    return subject_of(config, *load_teacher(config), device, precision)
 
 
 def subject_of(
@@ -106,7 +83,7 @@ def subject_of(
         network.config,
         config.teacher.guidance_embedding,
     )
-    dtype = _frozen_dtype(config.teacher.dtype, precision, device)
+    dtype = frozen_dtype(config.teacher.dtype, precision, device)
     student_lora = config.student.lora if isinstance(config, Train) else Lora()
     fake_lora = config.fake.lora if isinstance(config, Train) else config.lora
     copies = [teacher.clone() if lora.rank is None else None for lora in (student_lora, fake_lora)]
@@ -149,67 +126,6 @@ def subject_of(
         rows=rows,
         latent=latent,
     )
-
-
-def _teacher(config: Train | FirstStage) -> tuple[Teacher, Encoded | None]:
-    """The teacher with its prompts, in float32, and the rows that were encoded for it."""
-    source = config.teacher
-    prompts = config.prompt_source if isinstance(config, Train) else config.prompts
-    folder = pipeline_folder(str(source.path))
-    name = str(index_of(folder).get("_class_name"))
-    kind = PIPELINES.get(name)
-    rows = None if prompts.encoded is None else Encoded.read(prompts.encoded)
-    words = kind is not None and bool(kind.embeddings)
-    if not words and prompts.file is not None:
-        raise ValueError(f"prompts.file: {prompts.file}; {folder} is a {name}, which has no use for words")
-    null = _null(rows, source.negative_prompt) if words and rows is not None else None
-    teacher = Teacher.load(
-        folder,
-        source.guidance,
-        interval=source.guidance_interval,
-        negative_prompt=source.negative_prompt,
-        guidance_embedding=source.guidance_embedding,
-        height=prompts.height,
-        width=prompts.width,
-        null=null,
-    )
-    if rows is not None:
-        rows.check(name, None if teacher.pipe is None else vae_facts(teacher.pipe.vae), encoder_facts(folder))
-    table: Embeddings | None = rows if null is not None else None
-    if words and table is None:
-        if prompts.file is None:
-            raise ValueError(
-                f"prompts: there are none, and {folder} is a {name}, which is conditioned on words; needed is "
-                "prompts.file or prompts.encoded"
-            )
-        table = EmbeddedPrompts(read_prompts(prompts.file, prompts.column), teacher.embed)
-    return teacher.under(table), rows
-
-
-def _null(rows: Encoded, negative_prompt: str | None) -> dict[str, Tensor]:
-    """The embeddings that guidance leads away from. Raises ValueError where another negative prompt was encoded."""
-    if not rows.embeddings:
-        raise ValueError(f"prompts.encoded: {rows.folder} has no prompts; needed are their embeddings")
-    if negative_prompt is None:
-        return rows.null
-    if negative_prompt != rows.negative_prompt:
-        raise ValueError(
-            f"teacher.negative_prompt: {negative_prompt!r}; {rows.folder} was encoded with {rows.negative_prompt!r}"
-        )
-    return rows.negative
-
-
-def _frozen_dtype(name: str, precision: str, device: torch.device) -> torch.dtype:
-    """The dtype of frozen networks. Raises ValueError for one that the device cannot compute in."""
-    dtype = (torch.bfloat16 if precision == "bf16" else torch.float32) if name == "auto" else DTYPES[name]
-    try:
-        ones = torch.ones(1, 1, 8, 8, dtype=dtype, device=device)
-        torch.nn.functional.scaled_dot_product_attention(ones, ones, ones)
-        torch.nn.functional.group_norm(torch.nn.functional.conv2d(ones, ones[..., :1, :1]), 1)
-    except RuntimeError as error:
-        accepted = "accepted are float32 and those that it can compute in"
-        raise ValueError(f"teacher.dtype: {name}; {device.type} cannot compute in {dtype}; {accepted}") from error
-    return dtype
 
 
 def _checkpoint(network: Any) -> None:

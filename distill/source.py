@@ -1,0 +1,99 @@
+"""The teacher that a configuration names, with its prompts: a file of words, or what `distill encode` made of one."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from distill.captions import read_prompts
+from distill.config import FirstStage, Train
+from distill.encoded import Encoded, encoder_facts
+from distill.folders import index_of, pipeline_folder
+from distill.teacher import Embeddings, Teacher
+from samplers.pipelines import vae_facts
+from samplers.prompts import PIPELINES
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class EmbeddedPrompts:
+    """Prompts' embeddings in memory, each prompt's once: those of a file that was not encoded before."""
+
+    def __init__(self, prompts: Sequence[str], embed: Callable[[str], Mapping[str, Tensor]]) -> None:
+        different = list(dict.fromkeys(prompts))
+        embedded = [embed(prompt) for prompt in different]
+        self._table = {name: torch.cat([row[name] for row in embedded]) for name in embedded[0]}
+        place = {prompt: k for k, prompt in enumerate(different)}
+        self._places = torch.tensor([place[prompt] for prompt in prompts])
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def rows(self, numbers: Sequence[int], names: Sequence[str] | None = None) -> dict[str, Tensor]:
+        """Some rows, in their order, [B, ...] each; names: of the embeddings, None is all."""
+        places = self._places[list(numbers)]
+        return {name: self._table[name][places] for name in names or self._table}
+
+
+def load_teacher(config: Train | FirstStage) -> tuple[Teacher, Encoded | None]:
+    """The teacher with its prompts, in float32 on the CPU, and the rows that were encoded for it.
+
+    Raises ValueError as `Teacher.load`, and for prompts that are missing, of no use, or made by other text encoders.
+    """
+    source = config.teacher
+    prompts = config.prompt_source if isinstance(config, Train) else config.prompts
+    folder = pipeline_folder(str(source.path))
+    name = str(index_of(folder).get("_class_name"))
+    kind = PIPELINES.get(name)
+    rows = None if prompts.encoded is None else Encoded.read(prompts.encoded)
+    words = kind is not None and bool(kind.embeddings)
+    if not words and prompts.file is not None:
+        raise ValueError(f"prompts.file: {prompts.file}; {folder} is a {name}, which has no use for words")
+    null = _null(rows, source.negative_prompt) if words and rows is not None else None
+    teacher = Teacher.load(
+        folder,
+        source.guidance,
+        interval=source.guidance_interval,
+        negative_prompt=source.negative_prompt,
+        guidance_embedding=source.guidance_embedding,
+        height=prompts.height,
+        width=prompts.width,
+        null=null,
+    )
+    if rows is not None:
+        rows.check(name, None if teacher.pipe is None else vae_facts(teacher.pipe.vae), encoder_facts(folder))
+    table: Embeddings | None = rows if null is not None else None
+    if words and table is None:
+        if prompts.file is None:
+            raise ValueError(
+                f"prompts: there are none, and {folder} is a {name}, which is conditioned on words; needed is "
+                "prompts.file or prompts.encoded"
+            )
+        table = EmbeddedPrompts(read_prompts(prompts.file, prompts.column), teacher.embed)
+    return teacher.under(table), rows
+
+
+def _null(rows: Encoded, negative_prompt: str | None) -> dict[str, Tensor]:
+    """The embeddings that guidance leads away from. Raises ValueError where another negative prompt was encoded."""
+    if not rows.embeddings:
+        raise ValueError(f"prompts.encoded: {rows.folder} has no prompts; needed are their embeddings")
+    if negative_prompt is None:
+        return rows.null
+    if negative_prompt != rows.negative_prompt:
+        raise ValueError(
+            f"teacher.negative_prompt: {negative_prompt!r}; {rows.folder} was encoded with {rows.negative_prompt!r}"
+        )
+    return rows.negative
+
+
+def frozen_dtype(name: str, precision: str, device: torch.device) -> torch.dtype:
+    """The dtype of frozen networks. Raises ValueError for one that the device cannot compute in."""
+    dtype = (torch.bfloat16 if precision == "bf16" else torch.float32) if name == "auto" else DTYPES[name]
+    try:
+        ones = torch.ones(1, 1, 8, 8, dtype=dtype, device=device)
+        torch.nn.functional.scaled_dot_product_attention(ones, ones, ones)
+        torch.nn.functional.group_norm(torch.nn.functional.conv2d(ones, ones[..., :1, :1]), 1)
+    except RuntimeError as error:
+        accepted = "accepted are float32 and those that it can compute in"
+        raise ValueError(f"teacher.dtype: {name}; {device.type} cannot compute in {dtype}; {accepted}") from error
+    return dtype
