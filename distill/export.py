@@ -164,13 +164,15 @@ def is_plain_safetensors(name: str) -> bool:
 def _write_adapters(draft: Path, student: StudentRun, adapters: dict[str, Tensor]) -> str:
     """Writes adapters as the pipeline's class does; where it has no loader for them, as peft does."""
     import diffusers
-    from peft import LoraConfig
-    from safetensors.torch import save_file
 
     save = getattr(getattr(diffusers, student.steps.pipeline), "save_lora_weights", None)
     if save is not None:
         save(draft, **{f"{student.part}_lora_layers": adapters}, safe_serialization=True)
         return LORA_FILE
+
+    from peft import LoraConfig
+    from safetensors.torch import save_file
+
     rank = student.config.student.lora.rank or 1
     layers = sorted(name.removesuffix(".lora_A.weight") for name in adapters if name.endswith(".lora_A.weight"))
     LoraConfig(r=rank, lora_alpha=rank, target_modules=layers).save_pretrained(str(draft))

@@ -62,7 +62,9 @@ class StudentRun:
             raise ValueError(f"{run}: has no checkpoint yet")
         kept = run / "network"
         index = json.loads((kept / "model_index.json").read_text())
-        part = next(name for name in NETWORKS if (kept / name / "config.json").is_file())
+        part = next((name for name in NETWORKS if (kept / name / "config.json").is_file()), None)
+        if part is None:
+            raise ValueError(f"{kept}: has no configuration of the teacher's network")
         network = json.loads((kept / part / "config.json").read_text())
         scheduler_config = json.loads((kept / "scheduler/scheduler_config.json").read_text())
         scheduler = getattr(diffusers, index["scheduler"][1]).from_config(scheduler_config)
