@@ -4,6 +4,9 @@ config       schemas of the experiments (no torch)        sections      their pa
 cli          the `distill` command
 experiment   a configuration -> the objects it names      run           run folders and the loop that fills them
 plan         what a run would do: `--dry-run`             progress      a bar, or lines
+blueprint    a run's networks without weights, of a       skeleton      pipeline folder's configurations
+budget       bytes and FLOPs of a run, by                 memory        passes on the meta device (hardware: GPUs)
+launch       what a launcher asks for, or is refused      sharding      FSDP2 (together: work shared by processes)
 teacher      a diffusers folder as a frozen denoiser      pretrain      train a small teacher
 subject      what a run distils: a teacher, or a toy      toy           exact mixtures and networks for them
 source       the teacher of a configuration, its prompts  captions      prompts of files and folders
@@ -16,7 +19,7 @@ adversary    what a discriminator adds to the trainer     real          its real
 targets      what the student is pulled towards           trainer       the one alternating loop
 disback      configuration -> path, and target on it      degradation   stage 1: the teacher learns the student
 nodes        a path on disk: nodes, manifest              mismatch      a score's distance to a student's own
-noise        samples of a process, noise levels           optim         one network's update
+noise        samples of a process, noise levels           optim         one network's update (average: its mean)
 checkpoint   resumable, safetensors (atomic: files)       export        students as diffusers folders (card: cards)
 stock        noise levels that a stock pipeline takes     student_run   a run's student, read from its folder
 recipe       what a folder would make images by           generate      images by a recipe

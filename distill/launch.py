@@ -49,10 +49,9 @@ def check_launch(accelerator: Accelerator, config: Teach | Train | FirstStage) -
     if kind in _KINDS:
         raise ValueError(f"accelerate launch: {_KINDS[kind]} is not supported; {_ACCEPTED}")
     compiler = accelerator.state.dynamo_plugin.backend.value.lower()
-    if compiler != "no":
-        if compiler not in torch._dynamo.list_backends(None):
-            known = ", ".join(["no", *torch._dynamo.list_backends()])
-            raise ValueError(f"dynamo_backend: {compiler} is not installed; accepted are {known}")
+    if compiler != "no" and compiler not in torch._dynamo.list_backends(None):
+        known = ", ".join(["no", *torch._dynamo.list_backends()])
+        raise ValueError(f"dynamo_backend: {compiler} is not installed; accepted are {known}")
     sharded = sharding.asked() and accelerator.num_processes > 1
     if isinstance(config, Teach) and sharded:
         raise ValueError(
