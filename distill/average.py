@@ -31,8 +31,10 @@ class Average:
         self._pending: Future[None] | None = None
         if self._apart:
             module.cpu()
-            trained = [parameter for _, parameter in self._pairs()]
-            self._sent = [torch.empty_like(p, device="cpu", pin_memory=p.is_cuda) for p in trained]
+            self._sent, self._sent_buffers = (
+                [torch.empty_like(current, device="cpu", pin_memory=current.is_cuda) for _, current in pairs]
+                for pairs in (self._pairs(), self._buffers())
+            )
             self._thread = ThreadPoolExecutor(1, "average")
             module.register_state_dict_pre_hook(lambda *_: self.settle())  # what reads it, reads it whole
 
@@ -40,20 +42,21 @@ class Average:
     def __call__(self, step: int) -> None:
         """Takes up the network as it is after update `step`, from 0."""
         decay = min(self.decay, (step + 1) / (step + 10))
-        for kept, current in zip(self.module.buffers(), self.network.buffers(), strict=True):
-            kept.copy_(current, non_blocking=True)
-        pairs = [(sharding.local(kept), sharding.local(current)) for kept, current in self._pairs()]
         if not self._apart:
+            for kept, current in self._buffers():
+                kept.copy_(current)
+            pairs = [(sharding.local(kept), sharding.local(current)) for kept, current in self._pairs()]
             torch._foreach_lerp_([kept for kept, _ in pairs], [current for _, current in pairs], 1 - decay)
             return
         self.settle()
-        for sent, (_, current) in zip(self._sent, pairs, strict=True):
+        pairs = [*self._pairs(), *self._buffers()]
+        for sent, (_, current) in zip([*self._sent, *self._sent_buffers], pairs, strict=True):
             sent.copy_(current, non_blocking=True)
         arrived = None
-        if self._sent and pairs[0][1].is_cuda:
+        if pairs and pairs[0][1].is_cuda:
             arrived = torch.cuda.Event()
             arrived.record()
-        self._pending = self._thread.submit(self._take, [kept for kept, _ in pairs], decay, arrived)
+        self._pending = self._thread.submit(self._take, decay, arrived)
 
     def settle(self) -> None:
         """Waits until the average has taken up the last update that it was told of."""
@@ -85,8 +88,14 @@ class Average:
         pairs = zip(self.module.parameters(), self.network.parameters(), strict=True)
         return [(kept, current) for kept, current in pairs if kept is not current]
 
+    def _buffers(self) -> list[tuple[Tensor, Tensor]]:
+        pairs = zip(self.module.buffers(), self.network.buffers(), strict=True)
+        return [(kept, current) for kept, current in pairs if kept is not current]
+
     @torch.no_grad()
-    def _take(self, kept: list[Tensor], decay: float, arrived: "torch.cuda.Event | None") -> None:
+    def _take(self, decay: float, arrived: "torch.cuda.Event | None") -> None:
         if arrived is not None:
             arrived.synchronize()
-        torch._foreach_lerp_(kept, self._sent, 1 - decay)
+        torch._foreach_lerp_([kept for kept, _ in self._pairs()], self._sent, 1 - decay)
+        for (kept, _), sent in zip(self._buffers(), self._sent_buffers, strict=True):
+            kept.copy_(sent)

@@ -77,3 +77,15 @@ def test_weights_that_both_hold_are_left_alone() -> None:
     average(30)
     assert [p._version for p in base.parameters()] == versions
     assert not torch.equal(average.module[1].weight, adapter.weight)
+
+
+@pytest.mark.parametrize("where", ["device", "cpu"])
+def test_buffers_are_the_networks(where: str) -> None:
+    network = nn.BatchNorm1d(3)
+    average = Average(copy.deepcopy(network).requires_grad_(False), network, 0.5, where)  # type: ignore[arg-type]
+    network(torch.arange(12.0).reshape(4, 3))
+    average(0)
+    kept = average.module.state_dict()
+    for name, buffer in network.named_buffers():
+        assert torch.equal(kept[name], buffer)
+    assert float(kept["running_mean"].abs().sum()) > 0
