@@ -110,10 +110,14 @@ class Teacher:
         for one that has no use for them.
         """
         folder = pipeline_folder(path)
-        kind = PIPELINES.get(str(index_of(folder).get("_class_name")))
+        name = str(index_of(folder).get("_class_name"))
+        kind = PIPELINES.get(name)
+        if (kind is None or not kind.embeddings) and not (negative_prompt is height is width is None):
+            raise ValueError(
+                f"negative_prompt, height, width: {negative_prompt!r}, {height}, {width}; {folder} is a {name}, which has "
+                "no use for them"
+            )
         if kind is None or (kind.network == "unet" and not kind.embeddings):
-            if negative_prompt is not None or height is not None or width is not None:
-                raise ValueError(f"negative_prompt, height, width: {folder} has no use for them")
             return cls._of_pixels(folder, guidance, interval)
 
         pipe = load_pipeline(folder, () if null is None and kind.embeddings else TEXT_PARTS)
@@ -123,7 +127,10 @@ class Teacher:
         if not kind.embeddings:
             null_label = getattr(pipe, kind.network).config.num_embeds_ada_norm
             return cls(denoiser, pipe.scheduler, shape, null_label, null_label, **known)
-        null = embed(pipe, negative_prompt) if null is None else null
+        if null is None:
+            if not any(getattr(pipe, part, None) is not None for part in TEXT_PARTS if part.startswith("text")):
+                raise ValueError(f"{folder}: its {name} has no text encoder; needed is prompts.encoded")
+            null = embed(pipe, negative_prompt)
         words = Words(pipe, null, height, width, guidance_embedding)
         return cls(denoiser, pipe.scheduler, shape, words=words, **known)
 
