@@ -128,6 +128,8 @@ def read_skeleton(
     pipeline = getattr(diffusers, kind)
     absent = dict.fromkeys(key for key in index if key not in known and isinstance(index[key], list))
     settings = {key: value for key, value in index.items() if key[0] != "_" and not isinstance(value, list)}
+    if "requires_safety_checker" in settings:
+        settings["requires_safety_checker"] = False  # a skeleton makes no pictures; its absence would be told
     pipe = pipeline(**absent, **known, **settings)
     tokens = _TOKENS.get(kind) or _clip_tokens(folder / "tokenizer/tokenizer_config.json")
     return Skeleton(folder, kind, network, scheduler, pipe, encoders, tokens, height, width)

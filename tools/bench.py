@@ -17,6 +17,7 @@ from tools.bench_forty import forty_table
 from tools.bench_gaussian import gaussian_tables
 from tools.bench_intervals import interval_table
 from tools.bench_lj import lj_table
+from tools.bench_memory import memory_table
 from tools.bench_metrics import metrics_tables
 from tools.bench_optimum import draw_optima, optimum_rows, optimum_table, ratio_table
 from tools.bench_particles import particles_tables
@@ -35,6 +36,7 @@ def main() -> None:
         "optimum": ("The optimum of every divergence, exact and found", lambda folder, *_: _optimum(folder)),
         "ratio": ("The learned ratio against ln r: correlation, calibration slope", lambda *_: ratio_table()),
         "cost": ("Cost of an update, K = 5", lambda *_: cost_table()),
+        "memory": ("Memory by family, measured and told", lambda *_: memory_table()),
         "digits": (
             "One-step students of the digits, by training seed",
             lambda folder, seeds, *_: _digits(folder, seeds),
