@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ def _card(student: StudentRun, loading: str) -> str:
         f"## How to run\n\n```python\n{loading}\n{_call(student)}\n```\n\n{_exactness(student)}",
         _labels(student),
         f"## How it was made\n\n{_table(_settings(student))}",
-        _evaluation(student.folder),
+        _evaluation(student),
         f"What the licence of {base or 'the base model'} says of derived works holds for this one." if base else "",
     )
     return _header(task, base) + "\n\n".join(section for section in sections if section) + "\n"
@@ -206,30 +207,40 @@ def _table(rows: dict[str, str]) -> str:
     return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows.items())])
 
 
-def _evaluation(run: Path) -> str:
-    """The results of distill-fid that lie in a run's folder, as evaluation*.json and *.jsonl; "" without any."""
-    rows = []
+def _evaluation(student: StudentRun) -> str:
+    """The results of distill-fid that lie in a run's folder, as evaluation*.json and *.jsonl; "" without any.
+
+    Of many snapshots, those of the step that is exported are told, or of the last one. Raises ValueError, naming the
+    file, for what holds no results.
+    """
+    run, results = student.folder, []
     for file in sorted((*run.glob("evaluation*.json"), *run.glob("evaluation*.jsonl"))):
         texts = file.read_text().splitlines() if file.suffix == ".jsonl" else [file.read_text()]
-        for result in (json.loads(text) for text in texts if text.strip()):
-            for space, metrics in result["values"].items():
-                for metric, value in metrics.items():
-                    interval = value.get("interval")
-                    spread = "" if interval is None else " ({:.4g} to {:.4g})".format(*interval)
-                    rows.append(
-                        f"| {result['name']} | {space} | {metric} | {value['value']:.4g}{spread} | {result['n']} |"
-                    )
-    if not rows:
+        try:
+            found = [json.loads(text) for text in texts if text.strip()]
+            results += [(result.get("step"), row) for result in found for row in _rows(result)]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{file}: holds no results of distill-fid ({error})") from error
+    if not results:
         return ""
-    return "\n".join(
-        (
-            "## Evaluation\n",
-            "By `distill-fid`; in parentheses, intervals of 95 %.\n",
-            "| of | features | metric | value | samples |",
-            "| --- | --- | --- | --- | --- |",
-            *rows,
-        )
+    judged = {step for step, _ in results if step is not None}
+    told = (None, _step(student) if _step(student) in judged else max(judged, default=None))
+    lines = (
+        "## Evaluation\n",
+        "By `distill-fid`; in parentheses, intervals of 95 %, around the value without its bias where that is known.\n",
+        "| of | features | metric | value | samples |",
+        "| --- | --- | --- | --- | --- |",
+        *(row for step, row in results if step in told),
     )
+    return "\n".join(lines)
+
+
+def _rows(result: dict[str, Any]) -> Iterator[str]:
+    for space, metrics in result["values"].items():
+        for metric, value in metrics.items():
+            interval = value.get("interval")
+            spread = "" if interval is None else " ({:.4g} to {:.4g})".format(*interval)
+            yield f"| {result['name']} | {space} | {metric} | {value['value']:.4g}{spread} | {result['n']} |"
 
 
 def _classes(student: StudentRun) -> list[str]:

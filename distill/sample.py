@@ -36,7 +36,8 @@ def sample(arguments: Namespace) -> Iterator[str]:
             generator = load_generator(path, sampler, steps, guidance, device, prompts=prompts)
         else:
             generator = load_particle_generator(path, choice, steps, guidance, device)
-        batches = [range(k, min(k + 500, arguments.n)) for k in range(0, arguments.n, 500)]
+        rows = 8 if isinstance(generator, ImageGenerator) and generator.latents is not None else 500
+        batches = [range(k, min(k + rows, arguments.n)) for k in range(0, arguments.n, rows)]
         grids.append((f"{name}, {generator.nfe} NFE", torch.cat([generator(arguments.seed, b) for b in batches])))
         if isinstance(generator, ParticleGenerator) and generator.choice.particles > 1:
             yield f"{name}: {generator.report}"

@@ -67,10 +67,13 @@ def test_a_card_says_what_was_done_and_what_was_measured(tmp_path: Path) -> None
     record["target"]["name"], record["divergence"]["name"], record["real"]["name"] = "nodes", "jeffreys", "teacher"
     (tmp_path / "run/config.yaml").write_text(yaml.safe_dump(record))
     value = {"value": 12.345, "standard_error": 0.1, "debiased": None, "interval": [12.1, 12.6]}
-    line = {"name": "step 7", "n": 500, "values": {"inception": {"fid": value, "kid": {"value": 0.01}}}}
-    (tmp_path / "run/evaluation.jsonl").write_text(
-        json.dumps(line) + "\n" + json.dumps(line | {"name": "step 8"}) + "\n"
+    line = {"name": "step-7", "step": 7, "n": 500, "values": {"inception": {"fid": value, "kid": {"value": 0.01}}}}
+    lines = (
+        line | {"name": "step-6", "step": 6},
+        line,
+        {key: line[key] for key in line if key != "step"} | {"name": "by hand"},
     )
+    (tmp_path / "run/evaluation.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
     export_student(tmp_path / "run", tmp_path / "exported", tmp_path / "teacher")
     text = (tmp_path / "exported/README.md").read_text()
     assert yaml.safe_load(text.split("---")[1])["base_model"] == "someone/a-model"
@@ -78,11 +81,15 @@ def test_a_card_says_what_was_done_and_what_was_measured(tmp_path: Path) -> None
         "f-distill), divergence jeffreys, along a path back from a degraded teacher (DisBack, nodes)",
         "| Teacher's guidance | 3 between noise levels 0.5 and 5 |",
         "| Updates of the student | 7 of 400, of 128 samples |",
-        "| step 7 | inception | fid | 12.35 (12.1 to 12.6) | 500 |",
-        "| step 8 | inception | kid | 0.01 | 500 |",
+        "| step-7 | inception | fid | 12.35 (12.1 to 12.6) | 500 |",
+        "| by hand | inception | kid | 0.01 | 500 |",
         'pipe("a red fox", num_inference_steps=2, guidance_scale=1.0).images[0]',
     ):
         assert said in text
+    assert "step-6" not in text  # another than the one that is exported
+    (tmp_path / "run/evaluation.jsonl").write_text("[]\n")
+    with pytest.raises(ValueError, match=r"evaluation\.jsonl: holds no results of distill-fid"):
+        export_student(tmp_path / "run", tmp_path / "exported", tmp_path / "teacher")
 
 
 def test_the_parts_of_the_base_are_copied(tmp_path: Path) -> None:
