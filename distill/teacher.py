@@ -114,7 +114,7 @@ class Teacher:
         kind = PIPELINES.get(name)
         if (kind is None or not kind.embeddings) and not (negative_prompt is height is width is None):
             raise ValueError(
-                f"negative_prompt, height, width: {negative_prompt!r}, {height}, {width}; {folder} is a {name}, which has "
+                f"negative_prompt, height, width: {negative_prompt!r}, {height}, {width}; {folder} is a {name} and has "
                 "no use for them"
             )
         if kind is None or (kind.network == "unet" and not kind.embeddings):
