@@ -1,13 +1,34 @@
-"""Two processes learn what one does: `accelerate launch` for real, on the CPU."""
+"""Two processes learn what one does: `accelerate launch` for real, on the CPU, replicated and sharing networks out."""
 
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from distill import checkpoint
+from tests.distill import families
 from tests.distill.command import distill
-from tests.distill.runs import DDP, FSDP, launch, lines
+from tests.distill.runs import DDP, FSDP, assert_same, launch, launcher, lines
 from tests.distill.tiny import TEACH, TRAIN, write_config
+
+DISBACK: dict[str, Any] = {
+    "target": {"name": "nodes", "updates": 2},
+    "degradation": {"steps": 4, "check_every": 2, "nodes": 2},
+}
+F_DISTILL: dict[str, Any] = {
+    "divergence": {"name": "jensen-shannon", "bins": 2},
+    "adversarial_weight": 0.1,
+    "real": {"name": "teacher", "count": 8, "sampler": "euler", "steps": 2, "cache": "cache"},
+}
+ADAPTERS: dict[str, Any] = {"student": {"lora": {"rank": 2}}, "fake": {"lora": {"rank": 2}}}
 
 
 @pytest.mark.slow
@@ -40,3 +61,91 @@ def test_a_batch_that_does_not_divide_is_refused_once(place: Path) -> None:
     assert not text.startswith("0\n")
     assert text.count("distill: error: batch_size: 7 does not divide among 2 processes") == 1
     assert not (place / "student").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "how", "method"),
+    [
+        ("sd15", FSDP, F_DISTILL),
+        ("sd15", DDP, ADAPTERS | {"memory": {"accumulation": 2, "checkpointing": True}}),
+        ("flux", FSDP, DISBACK | {"memory": {"checkpointing": True}}),
+        ("flux", DDP, F_DISTILL),
+    ],
+    ids=["sd15-fsdp", "sd15-ddp-adapters", "flux-fsdp-disback", "flux-ddp"],
+)
+def test_families_on_two_processes(name: str, how: tuple[object, ...], method: dict[str, Any], tmp_path: Path) -> None:
+    """The first five losses agree to 1e-3 with those of one process; so do the averages that are kept.
+
+    Where a loss is rounding alone (the first step, at which the fake score is the teacher) it is compared to the
+    largest of its kind.
+    """
+    families.save(name, tmp_path / "teacher")
+    (tmp_path / "prompts.txt").write_text("\n".join(families.PROMPTS) + "\n")
+    sizes = {key: families.CALL[name][key] for key in ("height", "width") if key in families.CALL.get(name, {})}
+    base: dict[str, Any] = {
+        "command": "train",
+        "run": "student",
+        "teacher": {"path": "teacher"},
+        "prompts": {"file": "prompts.txt"} | sizes,
+        "fake": {"optimizer": {"lr": 1e-3}} | method.get("fake", {}),
+        "batch_size": 8,
+        "steps": 5,
+        "logging": {"log_every": 1, "sample_every": 3, "checkpoint_every": 5, "keep_every": 4},
+    }
+    student = {"sigma_init": None, "optimizer": {"lr": 1e-3}} | method.get("student", {})
+    config = write_config(tmp_path, base | {k: v for k, v in method.items() if k != "fake"} | {"student": student})
+    one = distill("train", "--config", config, "--run", "one", cwd=tmp_path)
+    assert one.code == 0, one.err
+    text = launch(tmp_path, "train", "--config", config, "--run", "two", kind=how)
+    assert text.startswith("0\n"), text
+    logged, found = lines(tmp_path / "one"), lines(tmp_path / "two")
+    assert [line["step"] for line in found] == [1, 2, 3, 4, 5]
+    for key in [key for key in logged[-1] if key == "gap" or key.endswith("loss")]:  # others are each process's own
+        size = max(abs(line[key]) for line in logged if key in line)
+        for a, b in zip(logged, found, strict=True):
+            assert b.get(key, 0) == pytest.approx(a.get(key, 0), rel=1e-3, abs=1e-4 * size), (key, a["step"])
+    kept = [load_file(tmp_path / run / "snapshots/step-00000004/average.safetensors") for run in ("one", "two")]
+    assert kept[0].keys() == kept[1].keys()
+    both = [torch.cat([weights[key].flatten() for key in sorted(weights)]) for weights in kept]
+    assert (both[0] - both[1]).norm() < 1e-3 * both[0].norm()
+    assert len(list((tmp_path / "two/samples").iterdir())) == 2
+    resumed = distill("train", "--config", config, "--run", "two", "--resume", cwd=tmp_path)
+    assert resumed.code == 0, resumed.err
+
+
+def kill_all(place: Path, run: Path, how: tuple[object, ...], config: Path, until: int) -> None:
+    """Starts two processes and kills them and their launcher, -9, when so many lines are written."""
+    words = (sys.executable, *launcher(how), "-m", "distill.cli", "train", "--config", config, "--run", run, "--resume")
+    environment = {"PYTHONPATH": str(Path(__file__).parents[2]), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    started = subprocess.Popen(
+        [str(word) for word in words], cwd=place, env=os.environ | environment, start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    metrics = run / "metrics.jsonl"
+    while started.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= until):
+        time.sleep(0.001)
+    time.sleep(random.Random(until).random() * 0.03)
+    os.killpg(started.pid, signal.SIGKILL)
+    assert started.wait() == -signal.SIGKILL
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [DDP, FSDP])
+def test_two_processes_that_are_killed_go_on_bit_for_bit(place: Path, how: tuple[object, ...]) -> None:
+    logging = {"log_every": 1, "sample_every": 100, "checkpoint_every": 2, "keep_every": 5}
+    config = write_config(place, TRAIN, steps=40, logging=logging)
+    text = launch(place, "train", "--config", config, "--run", "whole", kind=how)
+    assert text.startswith("0\n"), text
+    kill_all(place, place / "killed", how, config, until=17)
+    assert lines(place / "killed")[-1]["step"] < 40
+    text = launch(place, "train", "--config", config, "--run", "killed", "--resume", kind=how)
+    assert text.startswith("0\n"), text
+    assert_same(place / "killed", place / "whole")
+    steps = [f"step-{step:08d}" for step in range(5, 41, 5)]
+    for run in ("killed", "whole"):
+        assert sorted(folder.name for folder in (place / run / "snapshots").iterdir()) == steps
+        assert checkpoint.newest(place / run / "snapshots") == place / run / "snapshots" / steps[-1]
+    for step in steps:
+        files = [place / run / "snapshots" / step / "average.safetensors" for run in ("killed", "whole")]
+        assert files[0].read_bytes() == files[1].read_bytes()
