@@ -10,13 +10,13 @@ from torch import Tensor
 
 from distill.folders import load_pipeline
 from distill.noise import GENERATION
-from distill.prompts import PromptedPipeline
 from distill.recipe import LANDING, Recipe, Sampling, gaussian_of, read_recipe
 from distill.student import Student
 from distill.student_run import StudentRun
-from distill.teacher import Teacher
+from distill.teacher import PromptsInWords, Teacher
 from samplers import SOLVERS, Denoiser, SampleNoise, denoiser_from, sample, teleported
 from samplers.solvers import Solver
+from samplers.teleport_checks import check_gaussian, family_of
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class ImageGenerator:
     sigmas: Tensor
     device: torch.device
     stream: int = GENERATION
-    latents: PromptedPipeline | None = None
+    latents: Teacher | None = None
     student: Student | None = None
 
     def labels(self, indices: Sequence[int]) -> Tensor | None:
@@ -51,8 +51,9 @@ class ImageGenerator:
         cond = None if labels is None else labels.to(self.device)
         if self.latents is None:
             return self._sample(noise, self.shape, cond).cpu()
-        x = self._sample(noise, self.latents.shape, self.latents.condition(indices, cond))
-        return self.latents.decode(x).cpu()
+        if self.latents.words is not None:  # prompt k modulo their number
+            cond = self.latents.condition_of(torch.tensor(list(indices)))
+        return self.latents.pictures(self._sample(noise, self.latents.shape, cond)).cpu()
 
     def _sample(self, noise: SampleNoise, shape: Sequence[int], cond: Any) -> Tensor:
         z = noise.normal(shape, device=self.device)
@@ -95,7 +96,8 @@ def generator_of(recipe: Recipe, device: str = "cpu") -> ImageGenerator:
         return generator
     gaussian = gaussian_of(recipe.gaussian)
     if generator.latents is not None:
-        generator.latents.check(gaussian)
+        pipe = generator.latents.pipe
+        check_gaussian(pipe, family_of(pipe), gaussian)
     solver = teleported(generator.solver, gaussian.to(where), recipe.sigma_skip, landing=LANDING)
     return replace(generator, solver=solver)
 
@@ -106,8 +108,10 @@ def _generator(recipe: Recipe, device: torch.device) -> ImageGenerator:
     denoiser: Denoiser
     if recipe.latent:
         guidance = 1.0 if recipe.student is not None else recipe.settings["guidance"]
-        latents = PromptedPipeline(_pipeline(recipe).to(device), recipe.prompts, guidance, **recipe.asked)
-        denoiser = latents.denoiser
+        latents = Teacher.of_pipeline(_pipeline(recipe).to(device), guidance, **recipe.asked)
+        if recipe.prompts is not None:
+            latents = latents.under(PromptsInWords(recipe.prompts, latents.embed))
+        denoiser = latents.guided
     elif recipe.kind == "run":
         run = StudentRun.read(recipe.files[0].parent)
         denoiser = denoiser_from(run.load_network(), run.scheduler).to(device)

@@ -21,7 +21,7 @@ class EmbeddedPrompts:
 
     def __init__(self, prompts: Sequence[str], embed: Callable[[str], Mapping[str, Tensor]]) -> None:
         different = list(dict.fromkeys(prompts))
-        embedded = [embed(prompt) for prompt in different]
+        embedded = [{name: value.cpu() for name, value in embed(prompt).items()} for prompt in different]
         self._table = {name: torch.cat([row[name] for row in embedded]) for name in embedded[0]}
         place = {prompt: k for k, prompt in enumerate(different)}
         self._places = torch.tensor([place[prompt] for prompt in prompts])

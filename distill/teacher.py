@@ -1,7 +1,7 @@
 """The model that is distilled: a diffusers pipeline as one frozen denoiser, with its conditions and its latents."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from distill.folders import FACTS, index_of, load_pipeline, pipeline_folder, read_facts, read_pipeline
 from samplers import Denoiser, Guided, NetworkDenoiser, SampleNoise, decode, denoiser_from, latent_shape
-from samplers.prompts import GUIDANCE_EMBEDDING, PIPELINES, condition, denoiser_of, embed
+from samplers.prompts import GUIDANCE_EMBEDDING, PIPELINES, condition, denoiser_of, embed, kind_of
 
 TEXT_PARTS = tuple(f"{part}{k}" for part in ("text_encoder", "tokenizer") for k in ("", "_2", "_3"))
 
@@ -28,6 +28,22 @@ class Prompted(dict[str, Any]):
     """What a network is given for a batch of prompts, and which ones those are: their numbers, [B], on the CPU."""
 
     numbers: Tensor
+
+
+class PromptsInWords:
+    """Prompts that are embedded as they are asked for, each different one of a batch once."""
+
+    def __init__(self, prompts: Sequence[str], embed: Callable[[str], Mapping[str, Tensor]]) -> None:
+        self._prompts, self._embed = prompts, embed
+
+    def __len__(self) -> int:
+        return len(self._prompts)
+
+    def rows(self, numbers: Sequence[int], names: Sequence[str] | None = None) -> dict[str, Tensor]:
+        """Some rows, in their order, [B, ...] each; names: of the embeddings, None is all."""
+        asked = [self._prompts[number] for number in numbers]
+        found = {prompt: self._embed(prompt) for prompt in dict.fromkeys(asked)}
+        return {name: torch.cat([found[prompt][name] for prompt in asked]) for name in names or found[asked[0]]}
 
 
 @dataclass(frozen=True)
@@ -121,18 +137,34 @@ class Teacher:
             return cls._of_pixels(folder, guidance, interval)
 
         pipe = load_pipeline(folder, () if null is None and kind.embeddings else TEXT_PARTS)
-        denoiser = denoiser_of(pipe).requires_grad_(False).eval()
-        shape = latent_shape(pipe, height, width)
-        known: dict[str, Any] = {"guidance": guidance, "facts": read_facts(folder), "interval": interval, "pipe": pipe}
-        if not kind.embeddings:
-            null_label = getattr(pipe, kind.network).config.num_embeds_ada_norm
-            return cls(denoiser, pipe.scheduler, shape, null_label, null_label, **known)
-        if null is None:
+        if kind.embeddings and null is None:
             if not any(getattr(pipe, part, None) is not None for part in TEXT_PARTS if part.startswith("text")):
                 raise ValueError(f"{folder}: its {name} has no text encoder; needed is prompts.encoded")
             null = embed(pipe, negative_prompt)
-        words = Words(pipe, null, height, width, guidance_embedding)
-        return cls(denoiser, pipe.scheduler, shape, words=words, **known)
+        size = {"height": height, "width": width}
+        found = cls.of_pipeline(pipe, guidance, **size, guidance_embedding=guidance_embedding, null=null)
+        return replace(found, interval=interval, facts=read_facts(folder))
+
+    @classmethod
+    def of_pipeline(
+        cls,
+        pipe: Any,
+        guidance: float = 1.0,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        guidance_embedding: float = GUIDANCE_EMBEDDING,
+        null: Mapping[str, Tensor] | None = None,
+    ) -> Self:
+        """A pipeline of latents that is loaded already. null: None is the pipeline's own idea of no prompt."""
+        kind = kind_of(pipe)
+        denoiser = denoiser_of(pipe).requires_grad_(False).eval()
+        shape = latent_shape(pipe, height, width)
+        if not kind.embeddings:
+            label = getattr(pipe, kind.network).config.num_embeds_ada_norm
+            return cls(denoiser, pipe.scheduler, shape, label, label, guidance, pipe=pipe)
+        words = Words(pipe, embed(pipe, None) if null is None else null, height, width, guidance_embedding)
+        return cls(denoiser, pipe.scheduler, shape, guidance=guidance, pipe=pipe, words=words)
 
     @classmethod
     def _of_pixels(cls, folder: Path, guidance: float, interval: tuple[float, float] | None) -> Self:
@@ -175,14 +207,15 @@ class Teacher:
         return copy.deepcopy(self.denoiser).requires_grad_(True)
 
     def embed(self, prompt: str) -> dict[str, Tensor]:
-        """A prompt's embeddings by the pipeline's own text encoders, each [1, ...], on the CPU."""
-        return {name: value.cpu() for name, value in embed(self.pipe, prompt).items()}
+        """A prompt's embeddings by the pipeline's own text encoders, each [1, ...]."""
+        return embed(self.pipe, prompt)
 
     def under(self, prompts: Embeddings | None) -> Self:
-        """The teacher with prompts to draw from. Its text encoders, which are done, are let go."""
+        """The teacher with prompts to draw from, and no text encoders: embeddings are there, the encoders' memory is
+        wanted. Prompts in words are embedded as they are asked for, and keep the encoders."""
         if self.words is None:
             return self
-        for part in TEXT_PARTS:
+        for part in TEXT_PARTS if not isinstance(prompts, PromptsInWords) else ():
             if getattr(self.pipe, part, None) is not None:
                 self.pipe.register_modules(**{part: None})
         return replace(self, words=replace(self.words, prompts=prompts))

@@ -169,6 +169,11 @@ def decode(pipe: Any, x: Tensor) -> Tensor:
         vae.to(dtype)
 
 
+def kind_of(pipe: Any) -> Kind:
+    """What is known of a pipeline's kind. Raises ValueError, naming it, for one that is not supported."""
+    return _kind(pipe)[1]
+
+
 def _kind(pipe: Any) -> tuple[str, Kind]:
     for cls in type(pipe).__mro__:
         if cls.__name__ in PIPELINES:

@@ -130,9 +130,9 @@ def test_it_begins_with_the_jump_of_its_latents_gaussian(saved: Path, name: str,
     generator = load_generator(saved / name, "heun", 5, 2.0, **jump, **options(saved, name))
     plain = load_generator(saved / name, "heun", 5, 2.0, **options(saved, name))
     z = SampleNoise(1, [4, 2], GENERATION).normal((4, 8, 8))
-    cond = plain.latents.condition([4, 2], plain.labels([4, 2]))
+    cond = plain.latents.condition_of(torch.tensor([4, 2]))
     x = sample(teleported(heun, own, 4.0), plain.denoiser, plain.sigmas[0] * z, plain.sigmas, cond)
-    assert torch.equal(generator(1, [4, 2]), plain.latents.decode(x))
+    assert torch.equal(generator(1, [4, 2]), plain.latents.pictures(x))
     assert generator.nfe < plain.nfe
 
     facts = {"vae": vae_facts(pipe.vae) | {"scaling_factor": 0.9}}
