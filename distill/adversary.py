@@ -149,7 +149,8 @@ class _Heads:
         found: list[Tensor] = []
 
         def end(features: list[Tensor]) -> None:
-            with saved_tensors_hooks(_as_it_is, _as_it_is):  # the heads are no part of a block that is run again
+            # The heads are no part of a block that is run again, nor of what is computed in bfloat16.
+            with saved_tensors_hooks(_as_it_is, _as_it_is), torch.autocast(x.device.type, enabled=False):
                 logits = self.heads([f[: len(x)] for f in features])
                 logits = self._used(logits)
                 if self.bridges:

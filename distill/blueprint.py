@@ -10,7 +10,7 @@ from distill.config import Train
 from distill.discriminator import Discriminator
 from distill.folders import pipeline_folder, read_facts
 from distill.hardware import Hardware
-from distill.noise import check_log_normal, check_range
+from distill.noise import check_log_normal
 from distill.skeleton import META, Skeleton, check_weights, read_skeleton
 from distill.stock import Steps, student_steps
 from distill.subject import Subject, subject_of
@@ -49,7 +49,7 @@ def blueprint(config: Train, hardware: Hardware) -> Blueprint:
         config.teacher.guidance_embedding,
     )
     subject = subject_of(config, teacher, None, META, "no" if hardware.autocast is None else "bf16")
-    low, high = check_range(config.noise.sigma_min, config.noise.sigma_max, subject.sigma_min, subject.sigma_max)
+    low, high = subject.range(config.noise.sigma_min, config.noise.sigma_max)
     check_log_normal("fake.noise", config.fake.noise, low, high)
     trained: Any = subject.student
     student, fake = (replace(skeleton, network=part.network) for part in (trained, subject.fake))

@@ -5,7 +5,7 @@ the networks on the way lead from one that fits the student to the teacher.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,7 +98,7 @@ class Degrader:
     """Denoising score matching on the first student's samples; `step` is one update.
 
     student: G0, frozen. denoiser: a copy of the teacher, trained by `update`. level: u [B] in [0, 1) -> sigma [B].
-    shape: of one sample. conditions(noise, device): of a batch.
+    shape: of one sample. conditions(noise, device): of a batch. parts: a process's batch is computed in so many.
     """
 
     student: Student
@@ -110,18 +110,26 @@ class Degrader:
     conditions: Callable[[SampleNoise, torch.device | str], Any] = lambda noise, device: None
     sigma_data: float = 0.5
     device: torch.device | str = "cpu"
+    parts: int = 1
 
     def step(self, n: int) -> dict[str, Tensor]:
         """Update number n (from 0); returns its metrics, each []. A function of n and the weights."""
-        noise = self.share.noise(n)
-        cond = self.conditions(noise, self.device)
-        with torch.no_grad():
-            x0 = self.student(noise.normal(self.shape, device=self.device), cond, noise)
-        sigma = self.level(noise.uniform()).to(self.device, non_blocking=True)
-        eps = noise.normal(self.shape, device=self.device)
-        loss = denoising_loss(self.denoiser, x0, sigma, eps, cond, self.sigma_data).mean()
-        self.update(loss, n)
-        return {"loss": loss.detach()}
+        found: list[Tensor] = []
+        self.update(self._losses(n, found), n)
+        return {"loss": torch.stack(found).mean()}
+
+    def _losses(self, n: int, found: list[Tensor]) -> Iterator[Tensor]:
+        for p in range(self.parts):
+            noise = self.share.noise(n, p, self.parts)
+            cond = self.conditions(noise, self.device)
+            with torch.no_grad():
+                x0 = self.student(noise.normal(self.shape, device=self.device), cond, noise)
+            sigma = self.level(noise.uniform()).to(self.device, non_blocking=True)
+            eps = noise.normal(self.shape, device=self.device)
+            with self.update.no_sync(p + 1 < self.parts):
+                loss = denoising_loss(self.denoiser, x0, sigma, eps, cond, self.sigma_data).mean()
+                found.append(loss.detach())
+                yield loss / self.parts
 
 
 @dataclass

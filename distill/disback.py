@@ -22,7 +22,7 @@ from distill.degradation import Degrader, Plateau, Probe, Recording, choose, mis
 from distill.launch import launched
 from distill.lora import shared_copy
 from distill.mismatch import SAMPLES, score_mismatch
-from distill.nodes import MANIFEST, DegradationPath, Node, Weights, fingerprint, load_own, write_node
+from distill.nodes import MANIFEST, DegradationPath, Node, Weights, load_own, write_node
 from distill.noise import DEGRADATION, MISMATCH, PROBE, Share, log_normal_level
 from distill.optim import prepare
 from distill.progress import Progress, is_first
@@ -57,7 +57,7 @@ def degrade(
         if not resume:
             raise ValueError(f"target.path: {folder} holds a path already; remove it or choose another")
         path = DegradationPath.read(folder)
-        path.check(**_fingerprints(stage, subject))
+        path.check(**subject.prints)
         _refuse_other_settings(config, complete=True)
         return path
 
@@ -65,12 +65,12 @@ def degrade(
         stage.seed, stage.batch_size, accelerator.process_index, accelerator.num_processes, stream=DEGRADATION
     )
     teacher = {key: tensor.detach().clone() for key, tensor in sharding.state(subject.fake).items()}
-    prints = _fingerprints(stage, subject)
     run = Run(stage, resume, accelerator)
     student = subject.as_student(subject.student.to(accelerator.device).requires_grad_(False))
     denoiser, update = prepare(accelerator, subject.fake, stage.degradation.optimizer, stage.degradation.steps)
     level = partial(log_normal_level, config=stage.noise, sigma_min=low, sigma_max=high)
-    rows = stage.batch_size // accelerator.num_processes
+    parts = stage.memory.accumulation or accelerator.gradient_accumulation_steps
+    rows = len(share.numbers(0, 0, parts))
     noise = SampleNoise(stage.seed, range(PROBED), PROBE)
     probed = probe(student, level, noise, subject.shape, subject.conditions, rows, accelerator.device)
     plateau = Plateau(stage.degradation.tolerance, stage.degradation.patience)
@@ -84,6 +84,7 @@ def degrade(
         subject.conditions,
         subject.fake.sigma_data,
         accelerator.device,
+        parts,
     )
 
     def keep(done: int, prediction: Tensor) -> None:
@@ -110,7 +111,7 @@ def degrade(
     )
     recording.record(done)
     if accelerator.is_main_process:
-        _finish(folder, stage, prints, done, probed)
+        _finish(folder, stage, subject.prints, done, probed)
     accelerator.wait_for_everyone()
     return DegradationPath.read(folder)
 
@@ -146,21 +147,6 @@ def _clear(folder: Path) -> None:
         shutil.rmtree(folder / leftover, ignore_errors=True)
 
 
-def _fingerprints(config: Train | FirstStage, subject: Subject) -> dict[str, str]:
-    """Of what a path is made from: the teacher, or what learns in its place, and the first student."""
-    network = subject.fake
-    facts: dict[str, Any] = {"name": config.teacher.name, "coordinates": type(network.coordinates).__name__}
-    facts |= {name: getattr(network, name) for name in ("sigma_min", "sigma_max", "sigma_data")}
-    student = subject.as_student(network)
-    start: dict[str, Any] = {
-        "sigma_init": student.sigmas[0],
-        "toy": config.toy.model_dump() if config.teacher.exact else None,
-    }
-    if len(student) > 1 or student.start != student.sigmas[0]:
-        start |= {"sigmas": student.sigmas, "start": student.start}
-    return {"teacher": fingerprint(network, **facts), "student": fingerprint(subject.student, **facts, **start)}
-
-
 def _refuse_other_settings(config: Train, complete: bool) -> None:
     """Raises ValueError where the path of a run was recorded, or begun, as the run does not say."""
     folder = Path(config.path)
@@ -180,7 +166,7 @@ def recorded_path(config: Train, subject: Subject) -> DegradationPath | None:
     folder = Path(config.path)
     path = DegradationPath.read(folder) if (folder / MANIFEST).is_file() else None
     if path is not None:
-        path.check(**_fingerprints(config, subject))
+        path.check(**subject.prints)
     if config.target.path is None or path is None:  # another run's path is taken as it is
         _refuse_other_settings(config, complete=path is not None)
     between = (config.degradation.nodes if path is None else len(path)) - 1
@@ -204,7 +190,7 @@ def target(config: Train, subject: Subject, path: DegradationPath | None, accele
         return Fixed(subject.target)
     choice, device = config.target, accelerator.device
     # What differences were taken to: the teacher, or of an exact one the untrained network that learned in its place.
-    teacher = {key: tensor.detach().clone() for key, tensor in sharding.state(subject.fake).items()}
+    teacher = {key: tensor.detach().cpu().clone() for key, tensor in sharding.state(subject.fake).items()}
     for k in sorted({1, len(path)}):
         last = path.weights(k, teacher)
         if all(bool((last[key] == teacher[key].cpu()).all()) for key in last):

@@ -191,7 +191,7 @@ def train(config: schemas.Train, resume: bool, progress: Progress) -> Path:
     measure = None
     if config.logging.mismatch_every is not None:
         denoisers = {"target": target, "teacher": subject.target, "fake": subject.fake}
-        rows = min(256, config.batch_size // accelerator.num_processes)
+        rows = min(256, len(share.numbers(0, 0, parts)))
         measure = partial(disback.measured, config, subject, denoisers, (low, high), rows, device)
     drive(
         run,
@@ -235,7 +235,8 @@ def untrained_heads(config: schemas.Train, subject: Subject, device: torch.devic
     if config.real.name == "none":
         return None
     network, tap = _tapped(config, subject)
-    where = next(network.parameters()).device
+    network.to(device)
+    where = device
     cond = subject.conditions(SampleNoise(config.seed, [0]), where)
     x, sigma = torch.zeros(1, *subject.shape, device=where), torch.full((1,), network.sigma_max, device=where)
     with torch.no_grad():

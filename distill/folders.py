@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -110,6 +111,11 @@ def read_pipeline(folder: Path) -> tuple[Any, Any]:
     return read_model(folder / "unet", getattr(diffusers, network_class)), scheduler
 
 
+def has_text_encoder(folder: Path) -> bool:
+    """Whether a pipeline folder names one."""
+    return any(name.startswith("text_encoder") and part and part[0] for name, part in index_of(folder).items())
+
+
 def network_part(folder: Path) -> str:
     """The part of a pipeline folder that its denoising network lies in: unet or transformer."""
     kind = PIPELINES.get(str(index_of(folder).get("_class_name")))
@@ -157,6 +163,18 @@ def load_pipeline(folder: Path, without: Sequence[str] = (), text_dtype: torch.d
     with _silent(), _named(folder):
         pipe = getattr(diffusers, index["_class_name"]).from_pretrained(folder, local_files_only=True, **parts)
     pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def load_words(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """A pipeline as far as it turns words into embeddings; some ask the network's settings for a size."""
+    from diffusers.configuration_utils import FrozenDict
+
+    network = network_part(folder)
+    pipe = load_pipeline(folder, ("vae", network), dtype)
+    config = folder / network / "config.json"
+    if config.is_file():
+        setattr(pipe, network, SimpleNamespace(config=FrozenDict(json.loads(config.read_text()))))
     return pipe
 
 

@@ -80,6 +80,14 @@ def _mass_below(config: LogNormal, sigma_min: float, sigma_max: float) -> tuple[
     return low, high
 
 
+def uncovered(config: LogNormal, noise: StudentNoise, sigma_min: float, sigma_max: float) -> float:
+    """The share of the student's noise levels that lie above all but a thousandth of the fake score's."""
+    low, high = _mass_below(config, sigma_min, sigma_max)
+    top = math.exp(config.mean + config.std * float(torch.special.ndtri(torch.tensor(low + 0.999 * (high - low)))))
+    index = torch.linspace(noise.trim, 1 - noise.trim, 1001, dtype=torch.float64)
+    return float((karras_sigma(index, sigma_min, sigma_max, noise.rho) > top).double().mean())
+
+
 def check_range(low: float | None, high: float | None, sigma_min: float, sigma_max: float) -> tuple[float, float]:
     """A configured range, its open ends filled from the denoiser's; ValueError where it reaches outside."""
     chosen = (sigma_min if low is None else low, sigma_max if high is None else high)

@@ -119,7 +119,8 @@ def teacher_samples(config: Train, subject: Subject, accelerator: Accelerator) -
     when complete, so a run that was killed goes on where it stopped. Processes share the work.
     """
     real = config.real
-    key = cache_key(config)
+    assert subject.network is not None, "a toy is sampled exactly"
+    key = cache_key(config, next(subject.network.parameters()).dtype)
     text = json.dumps(key, sort_keys=True)
     folder = Path(real.cache) / hashlib.sha256(text.encode()).hexdigest()[:16]
     if accelerator.is_main_process:
@@ -150,31 +151,28 @@ def teacher_samples(config: Train, subject: Subject, accelerator: Accelerator) -
     return Images(torch.cat(images)[: real.count], labels)
 
 
-def cache_key(config: Train) -> dict[str, Any]:
-    """All that decides sample k of a teacher, but k."""
+def cache_key(config: Train, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    """All that decides sample k of a teacher, whose weights are held in `dtype`, but k."""
     source, real, prompts = config.teacher, config.real, config.prompt_source
     folder = pipeline_folder(str(source.path))
     network = sorted((folder / network_part(folder)).glob("*"))
     files = [*network, folder / "scheduler/scheduler_config.json", folder / FACTS]
-    words: dict[str, Any] = {}
+    more: dict[str, Any] = {} if dtype == torch.float32 else {"dtype": str(dtype)}
+    if source.guidance_interval is not None:
+        more["guidance_interval"] = source.guidance_interval
     named = [Path(file) for file in (prompts.file, prompts.encoded and f"{prompts.encoded}/{MANIFEST}") if file]
     if named:
-        words = prompts.model_dump(include={"column", "height", "width"})
-        words |= source.model_dump(include={"negative_prompt", "guidance_embedding"})
-        words |= {"prompts": [checkpoint.sha256(file) for file in named], "encoders": encoder_facts(folder)}
-    interval = {} if source.guidance_interval is None else {"guidance_interval": source.guidance_interval}
-    return (
-        words
-        | interval
-        | {
-            "format": _FORMAT,
-            "teacher": {str(f.relative_to(folder)): checkpoint.sha256(f) for f in files if f.is_file()},
-            "guidance": source.guidance,
-            "sampler": real.sampler,
-            "steps": real.steps,
-            "seed": real.seed,
-        }
-    )
+        more |= prompts.model_dump(include={"column", "height", "width"})
+        more |= source.model_dump(include={"negative_prompt", "guidance_embedding"})
+        more |= {"prompts": [checkpoint.sha256(file) for file in named], "encoders": encoder_facts(folder)}
+    return more | {
+        "format": _FORMAT,
+        "teacher": {str(f.relative_to(folder)): checkpoint.sha256(f) for f in files if f.is_file()},
+        "guidance": source.guidance,
+        "sampler": real.sampler,
+        "steps": real.steps,
+        "seed": real.seed,
+    }
 
 
 @torch.no_grad()

@@ -8,7 +8,6 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from distill.captions import captioned, read_prompts
 from distill.config import Encode
 from distill.data import ImageFiles, image_files
 from distill.encoded import FORMAT, LATENTS, MIRRORED, encoder_facts
-from distill.folders import index_of, load_pipeline, pipeline_folder
+from distill.folders import index_of, load_words, pipeline_folder
 from distill.latents import Encoder, read_encoder
 from distill.noise import LATENTS as LATENTS_STREAM
 from samplers import SampleNoise
@@ -125,7 +124,7 @@ def read_rows(config: Encode, device: torch.device) -> Rows:
         settings["images"] = {"size": images.size, "files": _hash(stated), "count": len(images)}
         settings |= {"flip": config.flip, "seed": config.seed, "vae": vae_facts(encoder.vae)}
     if words is not None:
-        pipe = _words_only(folder, PIPELINES[name].network, getattr(torch, config.text_dtype)).to(device)
+        pipe = load_words(folder, getattr(torch, config.text_dtype)).to(device)
         settings["prompts"] = {"words": _hash(list(words)), "count": len(words)}
         settings |= {"negative_prompt": config.negative_prompt, "text_dtype": config.text_dtype}
         settings["encoders"] = encoder_facts(folder)
@@ -145,17 +144,6 @@ def _inputs(config: Encode, pipeline: str) -> tuple[ImageFiles | None, tuple[str
     if not prompted:
         return image_files(path, size), None
     return captioned(path, size, column=config.column, metadata=config.prompts)
-
-
-def _words_only(folder: Path, network: str, dtype: torch.dtype) -> Any:
-    """A pipeline as far as it turns words into embeddings; some ask the network's settings for a size."""
-    from diffusers.configuration_utils import FrozenDict
-
-    pipe = load_pipeline(folder, ("vae", network), dtype)
-    config = folder / network / "config.json"
-    if config.is_file():
-        setattr(pipe, network, SimpleNamespace(config=FrozenDict(json.loads(config.read_text()))))
-    return pipe
 
 
 def _class_of(folder: Path) -> str:

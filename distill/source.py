@@ -1,6 +1,7 @@
 """The teacher that a configuration names, with its prompts: a file of words, or what `distill encode` made of one."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -8,11 +9,13 @@ from torch import Tensor
 from distill.captions import read_prompts
 from distill.config import FirstStage, Train
 from distill.encoded import Encoded, encoder_facts
-from distill.folders import index_of, pipeline_folder
-from distill.teacher import Embeddings, Teacher
+from distill.folders import has_text_encoder, index_of, load_words, pipeline_folder
+from distill.progress import Progress
+from distill.teacher import Teacher
 from samplers.pipelines import vae_facts
-from samplers.prompts import PIPELINES
+from samplers.prompts import PIPELINES, embed
 
+LARGEST = 8 * 2**30  # bytes of embeddings that are held in memory
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -21,7 +24,18 @@ class EmbeddedPrompts:
 
     def __init__(self, prompts: Sequence[str], embed: Callable[[str], Mapping[str, Tensor]]) -> None:
         different = list(dict.fromkeys(prompts))
-        embedded = [{name: value.cpu() for name, value in embed(prompt).items()} for prompt in different]
+        embedded = []
+        with Progress(len(different), "prompt") as progress:
+            for k, prompt in enumerate(different, start=1):
+                embedded.append({name: value.cpu() for name, value in embed(prompt).items()})
+                size = len(different) * sum(value.nbytes for value in embedded[0].values())
+                if size > LARGEST:
+                    raise ValueError(
+                        f"prompts.file: the embeddings of {len(different):,} prompts have {size / 2**30:.0f} GiB; "
+                        f"{LARGEST / 2**30:.0f} are held at most, needed is prompts.encoded (`distill encode`)"
+                    )
+                if k % 100 == 0:
+                    progress(k)
         self._table = {name: torch.cat([row[name] for row in embedded]) for name in embedded[0]}
         place = {prompt: k for k, prompt in enumerate(different)}
         self._places = torch.tensor([place[prompt] for prompt in prompts])
@@ -35,8 +49,9 @@ class EmbeddedPrompts:
         return {name: self._table[name][places] for name in names or self._table}
 
 
-def load_teacher(config: Train | FirstStage) -> tuple[Teacher, Encoded | None]:
-    """The teacher with its prompts, in float32 on the CPU, and the rows that were encoded for it.
+def load_teacher(config: Train | FirstStage, device: torch.device) -> tuple[Teacher, Encoded | None]:
+    """The teacher with its prompts, in float32 on the CPU, and the rows that were encoded for it. Words are embedded on
+    the device, by text encoders that are then let go.
 
     Raises ValueError as `Teacher.load`, and for prompts that are missing, of no use, or made by other text encoders.
     """
@@ -49,7 +64,19 @@ def load_teacher(config: Train | FirstStage) -> tuple[Teacher, Encoded | None]:
     words = kind is not None and bool(kind.embeddings)
     if not words and prompts.file is not None:
         raise ValueError(f"prompts.file: {prompts.file}; {folder} is a {name}, which has no use for words")
-    null = _null(rows, source.negative_prompt) if words and rows is not None else None
+    null, text = None, None
+    if words and rows is not None:
+        null = _null(rows, source.negative_prompt)
+    elif words:
+        if prompts.file is None:
+            raise ValueError(
+                f"prompts: there are none, and {folder} is a {name}, which is conditioned on words; needed is "
+                "prompts.file or prompts.encoded"
+            )
+        if not has_text_encoder(folder):
+            raise ValueError(f"prompts.file: {folder} has no text encoder; needed is prompts.encoded")
+        text = load_words(folder).to(device)
+        null = {key: value.cpu() for key, value in embed(text, source.negative_prompt).items()}
     teacher = Teacher.load(
         folder,
         source.guidance,
@@ -62,15 +89,9 @@ def load_teacher(config: Train | FirstStage) -> tuple[Teacher, Encoded | None]:
     )
     if rows is not None:
         rows.check(name, None if teacher.pipe is None else vae_facts(teacher.pipe.vae), encoder_facts(folder))
-    table: Embeddings | None = rows if null is not None else None
-    if words and table is None:
-        if prompts.file is None:
-            raise ValueError(
-                f"prompts: there are none, and {folder} is a {name}, which is conditioned on words; needed is "
-                "prompts.file or prompts.encoded"
-            )
-        table = EmbeddedPrompts(read_prompts(prompts.file, prompts.column), teacher.embed)
-    return teacher.under(table), rows
+    if text is None:
+        return teacher.under(rows), rows
+    return teacher.under(EmbeddedPrompts(read_prompts(str(prompts.file), prompts.column), partial(embed, text))), rows
 
 
 def _null(rows: Encoded, negative_prompt: str | None) -> dict[str, Tensor]:

@@ -1,8 +1,9 @@
 """What a run distils: a diffusers teacher or an exact toy, and the networks of the student and the fake score."""
 
 import copy
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,22 @@ from distill import pictures, toy
 from distill.config import FirstStage, Train
 from distill.encoded import Encoded
 from distill.lora import adapted
-from distill.noise import GENERATION, check_log_normal, check_range
+from distill.nodes import fingerprint
+from distill.noise import GENERATION, check_log_normal, check_range, uncovered
+from distill.progress import is_first
 from distill.sections import Lora
 from distill.source import frozen_dtype, load_teacher
 from distill.stock import student_steps
 from distill.student import Student
 from distill.teacher import Teacher
 from samplers import Denoiser, GaussianMixture, NetworkDenoiser, SampleNoise, heun, karras_sigmas, sample
+from samplers.adapters import FlowMatching
 from samplers.schedules import karras_sigma
 
 PREVIEW_ROWS = 8  # of ten pixel images; of latents, which are decoded, it is one
 PREVIEW_POINTS = 2000
+FLOW_TIMES = (0.02, 0.98)
+UNCOVERED = 0.25  # of the student's noise levels, from where on a user is told
 Generate = Callable[[Tensor, Any, SampleNoise], Tensor]
 
 
@@ -37,7 +43,8 @@ class Subject:
     conditions(noise, device): of a batch; condition_of(numbers [B], on the CPU): those of samples by number.
     preview(generate, path): draws what generate(z, cond, noise) makes of standard normal z [N, ...]; path None: takes
     part and draws nothing. mixture: what a toy is. rows: real latents with their prompts or classes. latent: whether a
-    VAE decodes samples.
+    VAE decodes samples. prints: fingerprints of what a degradation path is made from, where there is one. usual: the
+    noise levels that are trained at if nobody says; None is all.
     """
 
     target: Denoiser
@@ -55,6 +62,14 @@ class Subject:
     mixture: GaussianMixture | None = None
     rows: Encoded | None = None
     latent: bool = False
+    prints: dict[str, str] = field(default_factory=dict)
+    usual: tuple[float, float] | None = None
+
+    def range(self, low: float | None, high: float | None) -> tuple[float, float]:
+        """A configured range of noise levels, its open ends filled. Raises ValueError for one outside the teacher's."""
+        usual = self.usual or (self.sigma_min, self.sigma_max)
+        ends = usual[0] if low is None else low, usual[1] if high is None else high
+        return check_range(*ends, self.sigma_min, self.sigma_max)
 
 
 def load_subject(config: Train | FirstStage, device: torch.device, precision: str = "no") -> Subject:
@@ -66,7 +81,7 @@ def load_subject(config: Train | FirstStage, device: torch.device, precision: st
     """
     if config.teacher.name != "pipeline":
         return _toy(config, device)
-    return subject_of(config, *load_teacher(config), device, precision)
+    return subject_of(config, *load_teacher(config, device), device, precision)
 
 
 def subject_of(
@@ -86,6 +101,11 @@ def subject_of(
     dtype = frozen_dtype(config.teacher.dtype, precision, device)
     student_lora = config.student.lora if isinstance(config, Train) else Lora()
     fake_lora = config.fake.lora if isinstance(config, Train) else config.lora
+    prints: dict[str, str] = {}
+    if device.type != "meta" and (isinstance(config, FirstStage) or config.target.name != "fixed"):
+        # Of the weights in float32, however the networks hold them: at its start an adapted one is the teacher.
+        made = (teacher.denoiser, teacher.denoiser)
+        prints = _prints(config, *made, Student(teacher.denoiser, steps.sigmas, steps.start, steps.noises), fake_lora)
     copies = [teacher.clone() if lora.rank is None else None for lora in (student_lora, fake_lora)]
     teacher.denoiser.to(dtype)  # after full copies are made, and before adapters are put on it
     student, fake = (
@@ -99,15 +119,19 @@ def subject_of(
     if teacher.pipe is not None:
         teacher.pipe.to(device)
     latent = teacher.pipe is not None
-    count = 10 if latent else 10 * PREVIEW_ROWS
+    count, at_once = (10, 1) if latent else (10 * PREVIEW_ROWS, 10 * PREVIEW_ROWS)
 
     def preview(generate: Generate, path: Path | None) -> None:
         noise = SampleNoise(0, range(count), GENERATION)
         z = noise.normal(teacher.shape, device=device)
         with torch.no_grad():
-            x = generate(z, teacher.condition_of(torch.arange(count) % 10, device), noise)
+            x = []
+            for k in range(0, count, at_once):
+                part = slice(k, k + at_once)
+                cond = teacher.condition_of(torch.arange(count)[part] % 10, device)
+                x.append(generate(z[part], cond, noise[part]))
             if path is not None:
-                pictures.save_grid(teacher.pictures(x), path)
+                pictures.save_grid(teacher.pictures(torch.cat(x)), path)
 
     prompts = None if teacher.words is None else teacher.words.prompts
     return Subject(
@@ -125,7 +149,33 @@ def subject_of(
         lambda numbers: teacher.condition_of(numbers, device),
         rows=rows,
         latent=latent,
+        prints=prints,
+        usual=_usual_range(teacher.denoiser),
     )
+
+
+def _usual_range(denoiser: NetworkDenoiser) -> tuple[float, float]:
+    """The noise levels that are trained at where nobody says. A flow's own range is that of all flow times but the
+    last; at both ends there is nothing to learn (DMD2 leaves out as much of its timesteps)."""
+    if isinstance(denoiser.coordinates, FlowMatching):
+        return FLOW_TIMES[0] / (1 - FLOW_TIMES[0]), FLOW_TIMES[1] / (1 - FLOW_TIMES[1])
+    return denoiser.sigma_min, denoiser.sigma_max
+
+
+def _prints(
+    config: Train | FirstStage, teacher: NetworkDenoiser, first: nn.Module, student: Student, lora: Lora
+) -> dict[str, str]:
+    """Of what a path is made from: the teacher, or what learns in its place, and the first student's network."""
+    facts: dict[str, Any] = {"name": config.teacher.name, "coordinates": type(teacher.coordinates).__name__}
+    facts |= {name: getattr(teacher, name) for name in ("sigma_min", "sigma_max", "sigma_data")}
+    adapters = {} if lora.rank is None else {"lora": lora.model_dump(mode="json")}
+    start: dict[str, Any] = {
+        "sigma_init": student.sigmas[0],
+        "toy": config.toy.model_dump() if config.teacher.exact else None,
+    }
+    if len(student) > 1 or student.start != student.sigmas[0]:
+        start |= {"sigmas": student.sigmas, "start": student.start}
+    return {"teacher": fingerprint(teacher, **facts, **adapters), "student": fingerprint(first, **facts, **start)}
 
 
 def _checkpoint(network: Any) -> None:
@@ -141,11 +191,18 @@ def checked_subject(
     """The subject and the range of noise levels, both found good before anything is written."""
     subject = load_subject(config, device, precision)
     if isinstance(config, FirstStage):
-        low, high = check_range(config.sigma_min, config.sigma_max, subject.sigma_min, subject.sigma_max)
+        low, high = subject.range(config.sigma_min, config.sigma_max)
         check_log_normal("fake.noise", config.noise, low, high)
         return subject, low, high
-    low, high = check_range(config.noise.sigma_min, config.noise.sigma_max, subject.sigma_min, subject.sigma_max)
+    low, high = subject.range(config.noise.sigma_min, config.noise.sigma_max)
     check_log_normal("fake.noise", config.fake.noise, low, high)
+    share = uncovered(config.fake.noise, config.noise, low, high)
+    if share > UNCOVERED and is_first():
+        print(
+            f"distill: note: {share:.0%} of the student's noise levels lie above nearly all of fake.noise, where the "
+            "fake score stays the teacher; raise fake.noise.mean and std, or lower noise.sigma_max",
+            file=sys.stderr,
+        )
     if config.real.name == "teacher" and config.real.count < (subject.n_conditions or 1):
         raise ValueError(
             f"real.count: {config.real.count} is less than one for each of {subject.n_conditions} classes or prompts"
@@ -167,12 +224,13 @@ def _toy(config: Train | FirstStage, device: torch.device) -> Subject:
     mixture = mixture.to(device)
     shape = (mixture.dim,)
 
+    as_student = _toy_student(config)
     return Subject(
         mixture if network is None else network,
         network,
         student,
         fake,
-        _toy_student(config),
+        as_student,
         shape,
         None,
         toy.SIGMA_MIN,
@@ -180,6 +238,7 @@ def _toy(config: Train | FirstStage, device: torch.device) -> Subject:
         lambda noise, device: None,
         toy_preview(mixture, device),
         mixture=mixture,
+        prints=_prints(config, fake, student, as_student(fake), Lora()),
     )
 
 

@@ -122,7 +122,7 @@ class WeightInterpolation:
             raise ValueError("target.path: its last node is the teacher itself")
         self._network, self._fraction = network, math.nan  # as `network` is until the first move
         own = sharding.state(network)
-        self._ends = [(own[key], start[key].to(own[key].device), end[key]) for key in own]
+        self._ends = [(own[key], *(ends[key].to(own[key].device) for ends in (start, end))) for key in own]
 
     def __call__(self, x: Tensor, sigma: Tensor, cond: Any = None) -> Tensor:
         return self._network(x, sigma, cond)
@@ -238,7 +238,8 @@ class Backtracking(nn.Module):
 
     @torch.no_grad()
     def observe(self, x_sigma: Tensor, sigma: Tensor, denoised_fake: Tensor, denoised_target: Tensor) -> Metrics:
-        difference = score_difference(denoised_target, denoised_fake, x_sigma, sigma)
+        # Over all processes: a mean of their ratios would be another number.
+        difference = self._average(score_difference(denoised_target, denoised_fake, x_sigma, sigma))
         node = self.state[3].item() if self._path is None or self._stages is not None else float(self._path.node)
         if self._stages is not None and not self.final:
             self._count(difference)
@@ -254,7 +255,7 @@ class Backtracking(nn.Module):
         due = math.floor((self._done + 1) * self._stages / self._updates)  # where an even schedule would be next
         late = due > stage
         if late or age % self._window == 0:
-            total, length = self._average(self.seen).tolist()
+            total, length = self.seen.tolist()
             mean = total / length if length else math.nan
             self.seen.zero_()
             if late or mean < self._fall * first:  # never where there is no first one: NaN compares false

@@ -9,7 +9,7 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor
 
-from distill.folders import FACTS, index_of, load_pipeline, pipeline_folder, read_facts, read_pipeline
+from distill.folders import FACTS, has_text_encoder, index_of, load_pipeline, pipeline_folder, read_facts, read_pipeline
 from samplers import Denoiser, Guided, NetworkDenoiser, SampleNoise, decode, denoiser_from, latent_shape
 from samplers.prompts import GUIDANCE_EMBEDDING, PIPELINES, condition, denoiser_of, embed, kind_of
 
@@ -138,7 +138,7 @@ class Teacher:
 
         pipe = load_pipeline(folder, () if null is None and kind.embeddings else TEXT_PARTS)
         if kind.embeddings and null is None:
-            if not any(getattr(pipe, part, None) is not None for part in TEXT_PARTS if part.startswith("text")):
+            if not has_text_encoder(folder):
                 raise ValueError(f"{folder}: its {name} has no text encoder; needed is prompts.encoded")
             null = embed(pipe, negative_prompt)
         size = {"height": height, "width": width}

@@ -85,7 +85,9 @@ def join_conditions(conds: Sequence[Any], batch: int) -> Any:
     if isinstance(first, list | tuple) and all(isinstance(c, list | tuple) and len(c) == len(first) for c in others):
         return type(first)(join_conditions(parts, batch) for parts in zip(*conds, strict=True))
     if isinstance(first, Tensor) and all(isinstance(c, Tensor | int | float) for c in others):
-        rows = [t.reshape(1) if t.ndim == 0 else t for t in (torch.as_tensor(c).to(first) for c in conds)]
+        # A number is filled in where it is needed: to copy it there would wait for all that the device still has to do.
+        tensors = [c.to(first) if isinstance(c, Tensor) else first.new_full((), c) for c in conds]
+        rows = [t.reshape(1) if t.ndim == 0 else t for t in tensors]
         if any(t.shape[1:] != rows[0].shape[1:] or len(t) not in (1, batch) for t in rows):
             shapes = " and ".join(str(list(t.shape)) for t in rows)
             raise ValueError(f"cond, uncond: have shapes {shapes}; accepted are {batch} rows, or 1, of equal shape")

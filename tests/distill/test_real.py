@@ -15,11 +15,12 @@ from safetensors.torch import load_file, save_file
 from scipy.stats import kstest, norm
 
 from distill import toy
+from distill.config import Train
 from distill.data import Images
 from distill.generate import load_generator
 from distill.noise import GENERATION, TEACHER_SAMPLES
 from distill.real import CHUNK, RealImages, RealMixture, cache_key, teacher_samples
-from distill.sections import Real, TeacherSource
+from distill.subject import load_subject
 from samplers import GaussianMixture, SampleNoise
 from tests.distill.command import Running, distill
 from tests.distill.runs import launch
@@ -139,8 +140,12 @@ def test_a_mixture_in_the_plane_has_its_moments(name: str) -> None:
 def make(place: Path, teacher: dict[str, Any] | None = None, **changes: Any) -> Images:
     """Few samples of the teacher in place/pipeline by two Euler steps, kept in place/cache."""
     settings = {"name": "teacher", "count": 20, "sampler": "euler", "steps": 2, "cache": str(place / "cache")}
-    source = TeacherSource(**({"path": str(place / "pipeline")} | (teacher or {})))
-    return teacher_samples(source, Real(**(settings | changes)), Accelerator(cpu=True))
+    config = run_of(place, {**settings, **changes}, **(teacher or {}))
+    return teacher_samples(config, load_subject(config, torch.device("cpu")), Accelerator(cpu=True))
+
+
+def run_of(place: Path, real: dict[str, Any], **teacher: Any) -> Train:
+    return Train(run="run", teacher={"path": str(place / "pipeline")} | teacher, real=real)
 
 
 def marks(folder: Path) -> dict[str, tuple[int, int]]:
@@ -228,8 +233,9 @@ def test_the_key_says_what_made_the_samples(place: Path) -> None:
     make(place, seed=5)
     (file,) = (place / "cache").glob("*/key.json")
     key = json.loads(file.read_text())
-    source = TeacherSource(path=str(place / "pipeline"))
-    assert key == cache_key(source, Real(name="teacher", sampler="euler", steps=2, seed=5))
+    config = run_of(place, {"name": "teacher", "sampler": "euler", "steps": 2, "seed": 5})
+    assert key == cache_key(config)
+    assert cache_key(config, torch.bfloat16) == key | {"dtype": "torch.bfloat16"}
     assert (key["seed"], key["sampler"], key["steps"], key["guidance"]) == (5, "euler", 2, 1.0)
     assert {"unet/config.json", "unet/diffusion_pytorch_model.safetensors", "scheduler/scheduler_config.json"} <= (
         key["teacher"].keys()

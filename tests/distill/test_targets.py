@@ -413,7 +413,7 @@ def test_adaptive_stages_of_nodes_are_the_nodes() -> None:
 
 
 def test_the_mismatch_of_all_processes_decides() -> None:
-    """`average` is given the sums of a window, once for each window."""
+    """`average` is given what a process saw in an update, once for each update."""
     asked: list[float] = []
 
     def average(tensor: Tensor) -> Tensor:
@@ -422,7 +422,7 @@ def test_the_mismatch_of_all_processes_decides() -> None:
 
     target, _ = walk(3000, stages=3, window=2, average=average)
     assert stages_of(target, [1.0] * 8) == [0, 0, 0, 0, 1, 1, 1, 1]
-    assert asked == pytest.approx([1.0] * 4)
+    assert asked == pytest.approx([1.0] * 8)
 
 
 def test_a_mismatch_that_is_not_a_number_does_not_stop_the_walk() -> None:
