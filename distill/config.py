@@ -138,6 +138,21 @@ class Train(Section):
         return self
 
     @model_validator(mode="after")
+    def _networks_fit(self) -> Self:
+        choice, adapters = self.discriminator, any(part.lora.rank is not None for part in (self.student, self.fake))
+        if self.memory.checkpointing and choice.features == "fake" and choice.r1 and choice.r1_form == "exact":
+            raise ValueError(
+                "discriminator.r1_form: exact; what a second derivative goes through cannot be computed again "
+                "(memory.checkpointing), accepted are difference, and features of the teacher"
+            )
+        if adapters and self.teacher.dtype == "float16":
+            raise ValueError(
+                "teacher.dtype: float16; gradients of adapters go through it, and vanish there: accepted are bfloat16 "
+                "and float32"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _rows_are_whole(self) -> Self:
         prompts, rows = self.prompts, self.real.encoded
         if rows is not None and (prompts.file is not None or prompts.encoded not in (None, rows)):

@@ -199,7 +199,7 @@ def target(config: Train, subject: Subject, path: DegradationPath | None, accele
     if choice.name == "warm":
         return Fixed(subject.target)
 
-    network = shared_copy(subject.fake).requires_grad_(False).eval().to(device)
+    network = _frozen(subject.fake, subject).to(device)
     load = partial(path.weights, teacher=teacher)
     walk = walk_of(choice.name, network, load, len(path), teacher, subject.target)
     adaptive = choice.schedule == "adaptive"
@@ -208,11 +208,19 @@ def target(config: Train, subject: Subject, path: DegradationPath | None, accele
     return Backtracking(walk, subject.target, choice.updates, stages, average=average, device=device)
 
 
+def _frozen(network: torch.nn.Module, subject: Subject) -> Any:
+    """A copy that never learns, in the precision of the frozen teacher; one with adapters has its base already so."""
+    made = shared_copy(network).requires_grad_(False).eval()
+    if subject.network is None or hasattr(network, "shared_keys"):
+        return made
+    return made.to(next(subject.network.parameters()).dtype)
+
+
 def start_samples(config: Train, subject: Subject, device: torch.device) -> Callable[[SampleNoise, Any], Tensor] | None:
     """Samples of the first student, kept frozen, where a bridge needs them."""
     if config.target.ratio != "bridge":
         return None
-    start = subject.as_student(shared_copy(subject.student).requires_grad_(False).to(device))
+    start = subject.as_student(_frozen(subject.student, subject).to(device))
 
     @torch.no_grad()
     def draw(noise: SampleNoise, cond: Any) -> Tensor:

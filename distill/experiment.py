@@ -4,21 +4,19 @@
 """
 
 import copy
+import gc
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import nn
 
-from distill import checkpoint, data, disback, divergences, pictures, sharding, toy
+from distill import checkpoint, disback, pictures, sharding, toy
 from distill import config as schemas
-from distill.adversary import Adversary, FakeHeads, ScoreOnly, TeacherHeads
+from distill.adversary import Adversary, ScoreOnly
 from distill.average import Average
 from distill.card import teacher_card
-from distill.discriminator import Discriminator
 from distill.export import save_pipeline, teacher_scheduler
 from distill.folders import FACTS, network_part, pipeline_folder
 from distill.launch import launched
@@ -26,28 +24,30 @@ from distill.lora import shared_copy
 from distill.noise import Share, check_log_normal, karras_level, log_normal_level
 from distill.optim import learning_rate, prepare, replicated, student_rate
 from distill.pretrain import Pretrainer, build_unet
-from distill.real import RealImages, RealMixture, RealRows, encoded_images, teacher_samples
+from distill.ratio import (
+    adversary_of,
+    check_normalised,
+    images_of,
+    ratio_weight_of,
+    real_samples,
+    untrained_heads,
+)
 from distill.run import Run, drive
-from distill.sections import Data
-from distill.subject import Subject, checked_subject, preview_start, sampled, toy_preview
-from distill.taps import Tap
+from distill.subject import checked_subject, preview_start, sampled, toy_preview
 from distill.targets import Backtracking
 from distill.trainer import Trainer, by_distance, by_level, unweighted
-from distill.weights import RatioWeight
-from samplers import NetworkDenoiser, SampleNoise, denoiser_from
+from samplers import denoiser_from
 from samplers.atomic import atomic_write
-from samplers.schedules import karras_index
 
 Progress = Callable[[int, dict[str, float]], None]
 NETWORK = "network"  # in a run folder: the teacher's configuration without its weights
 _SCHEDULER = "scheduler/scheduler_config.json"
-Reals = Callable[[SampleNoise, Any], Tensor]
 
 
 def teach(config: schemas.Teach, resume: bool, progress: Progress) -> Path:
     """Trains a teacher as the configuration says and returns its folder, RUN/model: a pipeline, or a toy's network."""
     mixture = None if config.mixture is None else toy.MIXTURES[config.mixture]()
-    images = _images(config.data) if mixture is None else toy.points(mixture, config.seed)
+    images = images_of(config.data) if mixture is None else toy.points(mixture, config.seed)
     accelerator = launched(config)
     device = accelerator.device
     share = Share(config.seed, config.batch_size, accelerator.process_index, accelerator.num_processes)
@@ -122,6 +122,7 @@ def train(config: schemas.Train, resume: bool, progress: Progress) -> Path:
     share = Share(config.seed, config.batch_size, accelerator.process_index, accelerator.num_processes)
     parts = config.memory.accumulation or accelerator.gradient_accumulation_steps
     share.numbers(0, 0, parts)  # refuses parts that are not whole
+    check_normalised(config, parts)
     averaged = sharding.place(accelerator, shared_copy(subject.student).requires_grad_(False))
     walked = disback.recorded_path(config, subject)
     run = Run(config, resume, accelerator)
@@ -131,7 +132,12 @@ def train(config: schemas.Train, resume: bool, progress: Progress) -> Path:
     if config.real.name == "teacher":  # long work, begun when nothing is left to refuse
         reals = real_samples(config, subject, accelerator)
     if walked is None and config.target.name != "fixed":
-        walked = disback.degrade(config)
+        # Stage 1 has networks of its own: these are let go (some know themselves), and made again after it.
+        del subject, heads, reals, averaged
+        gc.collect()
+        disback.degrade(config)
+        gc.collect()
+        return train(config, True, progress)
     if walked is not None and accelerator.is_main_process:
         _keep_identity(walked.identity, run.folder / NETWORK / "path.sha256", f"the path in {walked.folder} is")
     accelerator.wait_for_everyone()
@@ -155,12 +161,12 @@ def train(config: schemas.Train, resume: bool, progress: Progress) -> Path:
     adversary: Adversary = ScoreOnly()
     if heads is not None and reals is not None and trained_heads is not None:
         modules["discriminator"] = heads
-        adversary = _adversary(config, subject, heads, trained_heads, reals, starts, student_level)
+        adversary = adversary_of(config, subject, heads, trained_heads, reals, starts, student_level)
     if isinstance(target, Backtracking):
         modules["target"] = target
     ratio_weight = None
     if not config.divergence.constant:
-        modules["ratio_weight"] = ratio_weight = _ratio_weight(config, low, high, accelerator)
+        modules["ratio_weight"] = ratio_weight = ratio_weight_of(config, low, high, parts, accelerator)
     sigma_data = subject.fake.sigma_data
     trainer = Trainer(
         subject.as_student(student_denoiser),
@@ -206,105 +212,6 @@ def train(config: schemas.Train, resume: bool, progress: Progress) -> Path:
         measure,
     )
     return run.folder
-
-
-def real_samples(config: schemas.Train, subject: Subject, accelerator: Accelerator) -> Reals | None:
-    if config.real.name == "none":
-        return None
-    if subject.mixture is not None:
-        return RealMixture(subject.mixture, accelerator.device)
-    if config.real.name == "encoded":
-        assert subject.rows is not None, "read with the subject"
-        if subject.rows.embeddings:
-            return RealRows(subject.rows, subject.shape, accelerator.device)
-        images = encoded_images(subject.rows, subject.shape)
-    elif config.real.name == "data":
-        if subject.latent:
-            raise ValueError(
-                "real.name: data; the teacher samples latents: accepted are encoded (`distill encode` makes latents of "
-                "images) and teacher"
-            )
-        images = _images(config.real.data)
-    else:
-        images = teacher_samples(config, subject, accelerator)
-    return RealImages(images, subject.shape, subject.n_conditions, accelerator.device)
-
-
-def untrained_heads(config: schemas.Train, subject: Subject, device: torch.device) -> Discriminator | None:
-    """Untrained heads that fit the features; sizes are read from one pass over one sample."""
-    if config.real.name == "none":
-        return None
-    network, tap = _tapped(config, subject)
-    network.to(device)
-    where = device
-    cond = subject.conditions(SampleNoise(config.seed, [0]), where)
-    x, sigma = torch.zeros(1, *subject.shape, device=where), torch.full((1,), network.sigma_max, device=where)
-    with torch.no_grad():
-        features = tap.encode(lambda: network(x, sigma, cond))
-    if any(len(maps) != 1 for maps in features):
-        raise ValueError(
-            f"discriminator: the features of a {type(network.network).__name__} have {len(features[0])} rows a sample; "
-            "read are networks with one (images, not the frames of a video)"
-        )
-    torch.manual_seed(config.seed)
-    return Discriminator(features, ratios=2 if config.target.ratio == "bridge" else 1).to(device)
-
-
-def _tapped(config: schemas.Train, subject: Subject) -> tuple[NetworkDenoiser, Tap]:
-    """The denoiser that a discriminator reads, and where."""
-    network = subject.network if config.discriminator.features == "teacher" else subject.fake
-    assert network is not None, "a toy has no teacher network: refused by the schema"
-    return network, Tap(network.network, config.discriminator.levels)
-
-
-def _adversary(
-    config: schemas.Train,
-    subject: Subject,
-    heads: Discriminator,
-    train_heads: Callable[..., Tensor],
-    reals: Reals,
-    starts: Reals | None,
-    level: Callable[[Tensor], Tensor],
-) -> Adversary:
-    choice = config.discriminator
-    network, tap = _tapped(config, subject)
-    shared: dict[str, Any] = {
-        "network": network,
-        "tap": tap,
-        "heads": heads,
-        "train_heads": train_heads,
-        "reals": reals,
-        "starts": starts,
-        "weight": choice.weight,
-        "r1": choice.r1,
-        "r1_exact": choice.r1_form == "exact",
-    }
-    return FakeHeads(**shared) if choice.features == "fake" else TeacherHeads(**shared, level=level)
-
-
-def _ratio_weight(config: schemas.Train, low: float, high: float, accelerator: Accelerator) -> RatioWeight:
-    choice, noise = config.divergence, config.noise
-
-    def index(sigma: Tensor) -> Tensor:
-        """Where in the levels that are used, in [0, 1]."""
-        return (karras_index(sigma, low, high, noise.rho) - noise.trim) / (1 - 2 * noise.trim)
-
-    return RatioWeight(
-        divergences.named(choice.name, choice.exponent),
-        choice.clip,
-        choice.normalise,
-        choice.bins,
-        choice.decay,
-        index,
-        partial(accelerator.reduce, reduction="sum"),
-        free=config.target.ratio == "bridge",
-    ).to(accelerator.device)
-
-
-def _images(config: Data) -> data.Images:
-    if config.name == "digits":
-        return data.digits("train")
-    return data.folder(str(config.path), config.size, config.channels)
 
 
 def _keep_teacher(config: schemas.Train, folder: Path) -> None:

@@ -13,9 +13,9 @@ from accelerate import Accelerator
 from distill.blueprint import Blueprint, blueprint
 from distill.budget import Budget, Networks, budget, largest_fitting
 from distill.config import Train
-from distill.experiment import real_samples, untrained_heads
 from distill.folders import pipeline_folder
 from distill.hardware import SHARE, Hardware
+from distill.ratio import real_samples, untrained_heads
 from distill.subject import checked_subject
 
 _GIB = 2**30

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from functools import cache
 
 
 class Progress:
@@ -29,6 +30,13 @@ class Progress:
         else:
             self._bar.set_postfix(shown, refresh=False)
             self._bar.update(done - self._bar.n)
+
+
+@cache
+def note(text: str) -> None:
+    """Tells the user something about a run, once, on the first process."""
+    if is_first():
+        print(f"distill: note: {text}", file=sys.stderr)
 
 
 def is_first() -> bool:

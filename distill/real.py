@@ -6,6 +6,7 @@ whatever the shares of the classes in the data.
 
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,15 +50,7 @@ class RealImages:
         order = torch.arange(len(images))
         self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
         if n_conditions is not None:
-            if images.labels is None:
-                raise ValueError(f"real.data: has no classes, and the teacher has {n_conditions}")
-            counts = images.labels.bincount(minlength=n_conditions)
-            if len(counts) > n_conditions or not bool(counts.all()):
-                empty = [label for label, count in enumerate(counts.tolist()) if not count]
-                found = f"none of class {empty[0]}" if empty else f"{len(counts)} classes"
-                raise ValueError(f"real.data: has {found}; needed are images of each of the teacher's {n_conditions}")
-            order = images.labels.argsort(stable=True)
-            starts = counts.cumsum(0) - counts
+            order, starts, counts = _by_class(images.labels, n_conditions)
             for place in {torch.device("cpu"), torch.device(device)}:  # prompts' numbers are on the CPU
                 self._tables[place] = starts.to(place), counts.to(place)
         self._images = images.images[order].to(device)
@@ -73,28 +66,52 @@ class RealImages:
 
 
 class RealRows:
-    """(noise, cond) -> the latents [B, c, h, w] beside the prompts of a batch, float32, read from disk as they are
-    asked for. Raises ValueError for rows without latents, or of another shape."""
+    """(noise, cond) -> latents [B, c, h, w], float32, read from disk as they are asked for: those beside the prompts of
+    a batch, or drawn from those of its classes.
 
-    def __init__(self, rows: Encoded, shape: tuple[int, ...], device: torch.device | str = "cpu") -> None:
-        _check_latents(rows, shape)
+    Raises ValueError for rows without latents or of another shape, and as `RealImages` for their classes.
+    """
+
+    def __init__(
+        self, rows: Encoded, shape: tuple[int, ...], n_conditions: int | None, device: torch.device | str = "cpu"
+    ) -> None:
+        if rows.shape != tuple(shape):
+            found = "no latents" if rows.shape is None else f"latents of {list(rows.shape)}"
+            raise ValueError(f"real.encoded: {rows.folder} has {found}; the teacher's are {list(shape)}")
         self._rows, self._device = rows, device
+        self._classes = None if rows.embeddings else _by_class(rows.labels, n_conditions)
 
     def __call__(self, noise: SampleNoise, cond: Any) -> Tensor:
-        found = self._rows.rows(cond.numbers.tolist(), [LATENTS])[LATENTS]
-        return found.to(self._device, non_blocking=True).float()
+        numbers = getattr(cond, "numbers", cond)  # on the CPU
+        if self._classes is not None:
+            order, starts, counts = self._classes
+            numbers = order[starts[numbers] + (noise.uniform() * counts[numbers]).long()]
+        return self._rows.rows(numbers.tolist(), [LATENTS])[LATENTS].to(self._device, non_blocking=True).float()
 
 
-def encoded_images(rows: Encoded, shape: tuple[int, ...]) -> Images:
-    """Latents with their classes, all in memory. Raises ValueError as `RealRows`."""
-    _check_latents(rows, shape)
-    return Images(rows.rows(range(len(rows)), [LATENTS])[LATENTS].float(), rows.labels, rows.classes)
+def check_classes(data: Sequence[str], teacher: Mapping[str, int]) -> None:
+    """Raises ValueError where a class of the data has the name of one of the teacher's, and another label."""
+    for label, name in enumerate(data):
+        if teacher.get(name, label) != label:
+            raise ValueError(
+                f"real: class {name!r} of the data has label {label}, and the teacher's {teacher[name]}; classes are "
+                "in the order of their folders' names"
+            )
 
 
-def _check_latents(rows: Encoded, shape: tuple[int, ...]) -> None:
-    if rows.shape != tuple(shape):
-        found = "no latents" if rows.shape is None else f"latents of {list(rows.shape)}"
-        raise ValueError(f"real.encoded: {rows.folder} has {found}; the teacher's are {list(shape)}")
+def _by_class(labels: Tensor | None, n_conditions: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Images in the order of their classes; where each class starts there; how many it has. On the CPU.
+
+    Raises ValueError for images without classes, and a class of the teacher that has none.
+    """
+    if labels is None or n_conditions is None:
+        raise ValueError(f"real.data: has no classes, and the teacher has {n_conditions}")
+    counts = labels.bincount(minlength=n_conditions)
+    if len(counts) > n_conditions or not bool(counts.all()):
+        empty = [label for label, count in enumerate(counts.tolist()) if not count]
+        found = f"none of class {empty[0]}" if empty else f"{len(counts)} classes"
+        raise ValueError(f"real.data: has {found}; needed are images of each of the teacher's {n_conditions}")
+    return labels.argsort(stable=True), counts.cumsum(0) - counts, counts
 
 
 class RealMixture:

@@ -50,7 +50,7 @@ class Run:
     """A run folder, new or resumed.
 
     Raises ValueError where the folder already holds a run and `resume` is off, or where the configuration of a
-    resumed run has changed (it names the keys; those of `logging` and `memory` may change).
+    resumed run has changed (it names the keys; those of `logging` and `memory` but accumulation may change).
     """
 
     def __init__(self, config: Section, resume: bool, accelerator: Accelerator) -> None:
@@ -226,10 +226,13 @@ def completed(config: Section, record: dict[str, Any]) -> dict[str, Any]:
         return record
 
 
+_FREE = ("logging", "run", "memory.checkpointing", "memory.ema")
+
+
 def differences(before: Any, after: Any, prefix: str = "") -> list[str]:
-    """The dotted keys at which two configurations differ, those of `logging`, `memory` and `run` left out."""
+    """The dotted keys at which two configurations differ, those that decide nothing left out."""
     if isinstance(before, dict) and isinstance(after, dict):
-        keys = [key for key in {**before, **after} if prefix or key not in ("logging", "memory", "run")]
+        keys = [key for key in {**before, **after} if f"{prefix}{key}" not in _FREE]
         return [d for key in keys for d in differences(before.get(key), after.get(key), f"{prefix}{key}.")]
     return [] if before == after else [prefix.rstrip(".")]
 

@@ -194,7 +194,8 @@ class Lora(Section):
 
 
 class Memory(Section):
-    """What is held where, and for how long. None of it changes the result by more than rounding."""
+    """What is held where, and for how long. It changes the result by rounding only, but for one thing: weights that are
+    normalised over a batch (`divergence.normalise`) are so over a part of it."""
 
     checkpointing: bool = Field(False, description="compute activations again in the backward pass")
     ema: Literal["device", "cpu"] = Field("device", description="where the average of the weights is kept")

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 
+# Parts of a block that the network calls by themselves too: DiT's embedding of time and class, in its first block.
+_CALLED_FROM_OUTSIDE = ("CombinedTimestepLabelEmbeddings",)
+
+
 def asked() -> bool:
     """Whether the launcher asks for FSDP."""
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
@@ -38,7 +42,10 @@ def place(accelerator: Accelerator, module: nn.Module) -> nn.Module:
     # A network that learns nothing runs no backward pass, after which its weights would be let go.
     free = bool(plugin.reshard_after_forward) or not any(p.requires_grad for p in module.parameters())
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    for part in _parts(module, plugin):
+    parts = _parts(module, plugin)
+    taken = {id(part) for part in parts}
+    outside = [part for part in module.modules() if type(part).__name__ in _CALLED_FROM_OUTSIDE]
+    for part in [part for part in outside if id(part) not in taken] + parts:
         fully_shard(part, mesh=mesh, reshard_after_forward=free)
     fully_shard(module, mesh=mesh, reshard_after_forward=free)
     return module

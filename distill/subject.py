@@ -1,7 +1,6 @@
 """What a run distils: a diffusers teacher or an exact toy, and the networks of the student and the fake score."""
 
 import copy
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +15,7 @@ from distill.encoded import Encoded
 from distill.lora import adapted
 from distill.nodes import fingerprint
 from distill.noise import GENERATION, check_log_normal, check_range, uncovered
-from distill.progress import is_first
+from distill.progress import note
 from distill.sections import Lora
 from distill.source import frozen_dtype, load_teacher
 from distill.stock import student_steps
@@ -29,6 +28,7 @@ from samplers.schedules import karras_sigma
 PREVIEW_ROWS = 8  # of ten pixel images; of latents, which are decoded, it is one
 PREVIEW_POINTS = 2000
 FLOW_TIMES = (0.02, 0.98)
+JUDGED_CONDITIONS = 100
 UNCOVERED = 0.25  # of the student's noise levels, from where on a user is told
 Generate = Callable[[Tensor, Any, SampleNoise], Tensor]
 
@@ -44,7 +44,7 @@ class Subject:
     preview(generate, path): draws what generate(z, cond, noise) makes of standard normal z [N, ...]; path None: takes
     part and draws nothing. mixture: what a toy is. rows: real latents with their prompts or classes. latent: whether a
     VAE decodes samples. prints: fingerprints of what a degradation path is made from, where there is one. usual: the
-    noise levels that are trained at if nobody says; None is all.
+    noise levels that are trained at if nobody says; None is all. classes: labels by name.
     """
 
     target: Denoiser
@@ -64,6 +64,7 @@ class Subject:
     latent: bool = False
     prints: dict[str, str] = field(default_factory=dict)
     usual: tuple[float, float] | None = None
+    classes: dict[str, int] = field(default_factory=dict)
 
     def range(self, low: float | None, high: float | None) -> tuple[float, float]:
         """A configured range of noise levels, its open ends filled. Raises ValueError for one outside the teacher's."""
@@ -151,6 +152,7 @@ def subject_of(
         latent=latent,
         prints=prints,
         usual=_usual_range(teacher.denoiser),
+        classes=teacher.classes,
     )
 
 
@@ -197,11 +199,15 @@ def checked_subject(
     low, high = subject.range(config.noise.sigma_min, config.noise.sigma_max)
     check_log_normal("fake.noise", config.fake.noise, low, high)
     share = uncovered(config.fake.noise, config.noise, low, high)
-    if share > UNCOVERED and is_first():
-        print(
-            f"distill: note: {share:.0%} of the student's noise levels lie above nearly all of fake.noise, where the "
-            "fake score stays the teacher; raise fake.noise.mean and std, or lower noise.sigma_max",
-            file=sys.stderr,
+    if share > UNCOVERED:
+        note(
+            f"{share:.0%} of the student's noise levels lie above nearly all of fake.noise, where the fake score stays "
+            "the teacher; raise fake.noise.mean and std, or lower noise.sigma_max"
+        )
+    if config.logging.mismatch_every is not None and (subject.n_conditions or 1) > JUDGED_CONDITIONS:
+        raise ValueError(
+            f"logging.mismatch_every: {config.logging.mismatch_every}; of {subject.n_conditions} conditions there are too "
+            f"few samples of each to know a law by: accepted is null, or at most {JUDGED_CONDITIONS} conditions"
         )
     if config.real.name == "teacher" and config.real.count < (subject.n_conditions or 1):
         raise ValueError(

@@ -195,6 +195,11 @@ class Teacher:
         return Guided(self.denoiser, self.guidance, null, self.interval)
 
     @property
+    def classes(self) -> dict[str, int]:
+        """The labels of the classes that have names."""
+        return getattr(self.pipe, "labels", None) or {name: k for k, name in enumerate(self.facts.get("classes", []))}
+
+    @property
     def sigma_min(self) -> float:
         return self.denoiser.sigma_min
 
@@ -226,7 +231,13 @@ class Teacher:
         if self.words is not None:
             count = 0 if self.words.prompts is None else len(self.words.prompts)
             return self.words.of_numbers((noise.uniform() * count).long())
-        return None if self.n_classes is None else noise.integers(self.n_classes, device)
+        if self.n_classes is None:
+            return None
+        labels = noise.integers(self.n_classes)
+        cond = labels.to(device, non_blocking=True)
+        if cond is not labels:
+            cond.numbers = labels  # type: ignore[attr-defined]  # which they are, for who reads rows by number
+        return cond
 
     def condition_of(self, numbers: Tensor, device: torch.device | str = "cpu") -> Any:
         """The conditions of samples by number, [B] on the CPU: classes or prompts in their order, again and again."""
