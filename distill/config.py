@@ -179,7 +179,9 @@ class Train(Section):
         return FirstStage(
             run=self.path,
             seed=self.seed,
-            teacher=self.teacher.model_copy(update={"guidance": 1.0}),
+            teacher=self.teacher.model_copy(
+                update={"guidance": 1.0, "guidance_interval": None, "negative_prompt": None}
+            ),
             toy=self.toy,
             sigma_init=self.student.sigma_init,
             student_steps=self.student.steps,

@@ -23,6 +23,19 @@ FORMAT = 1
 MANIFEST, COMMON = "manifest.json", "common.safetensors"
 LATENTS, MIRRORED = "latents", "mirrored"
 STAMP = "distill"  # the metadata of a shard: what it is a part of
+_FACTS = {
+    "classes",
+    "count",
+    "encoders",
+    "files",
+    "flip",
+    "negative_prompt",
+    "pipeline",
+    "rows",
+    "settings",
+    "tensors",
+    "vae",
+}
 _OPEN = 128  # shards whose files are kept open, below the 256 that some systems allow
 _BLOCK, _BLOCKS = 2**20, 16
 
@@ -53,6 +66,8 @@ class Encoded:
         try:
             facts = json.loads(file.read_text())
             known = facts["format"]
+            if known == FORMAT and not facts.keys() >= _FACTS:
+                raise KeyError(*sorted(_FACTS - facts.keys()))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"encoded: {file} is not the manifest of `distill encode`") from error
         if known != FORMAT:

@@ -80,15 +80,11 @@ def index_of(folder: Path) -> dict[str, Any]:
     return index
 
 
-def _supported() -> str:
-    latent = [name for name, kind in PIPELINES.items() if kind.embeddings or kind.network != "unet"]
-    return f"supported are pipelines of a {' or '.join(SUPPORTED)} in pixels, and {', '.join(latent)}"
+def pixel_classes(folder: Path) -> tuple[str, str]:
+    """The classes of the network and the scheduler of a pipeline of pixels.
 
-
-def read_pipeline(folder: Path) -> tuple[Any, Any]:
-    """The network and the scheduler of a pipeline folder. Reads safetensors and JSON only."""
-    import diffusers
-
+    Raises ValueError for one that is not supported, naming it and those that are.
+    """
     index = index_of(folder)
     try:
         library, network_class = index["unet"]
@@ -100,6 +96,19 @@ def read_pipeline(folder: Path) -> tuple[Any, Any]:
         ) from error
     if library != "diffusers" or network_class not in SUPPORTED or index.get("vqvae"):
         raise ValueError(f"{folder}: is a {index.get('_class_name')} with a {network_class}; {_supported()}")
+    return network_class, scheduler_class
+
+
+def _supported() -> str:
+    latent = [name for name, kind in PIPELINES.items() if kind.embeddings or kind.network != "unet"]
+    return f"supported are pipelines of a {' or '.join(SUPPORTED)} in pixels, and {', '.join(latent)}"
+
+
+def read_pipeline(folder: Path) -> tuple[Any, Any]:
+    """The network and the scheduler of a pipeline folder. Reads safetensors and JSON only."""
+    import diffusers
+
+    network_class, scheduler_class = pixel_classes(folder)
     if not hasattr(diffusers, scheduler_class):
         raise ValueError(f"{folder}: its scheduler {scheduler_class} is not one of diffusers")
 

@@ -25,11 +25,13 @@ def adapted(denoiser: NetworkDenoiser, config: Lora, seed: int) -> NetworkDenois
     """
     from peft import LoraConfig, inject_adapter_in_model
 
-    names = [name for name, module in denoiser.network.named_modules() if _is_target(name, module, config.targets)]
-    if not names:
+    modules = dict(denoiser.network.named_modules())
+    names = [name for name, module in modules.items() if _is_target(name, module, config.targets)]
+    idle = [t for t in config.targets if not any(_is_target(name, module, (t,)) for name, module in modules.items())]
+    if idle or not names:
         raise ValueError(
-            f"lora.targets: {list(config.targets) or 'the linear layers of its blocks'}; a "
-            f"{type(denoiser.network).__name__} has no such layer"
+            f"lora.targets: {idle or 'the linear layers of its blocks'}; a {type(denoiser.network).__name__} has no "
+            "such layer"
         )
     rank = config.rank or 1
     own = shared_copy(denoiser, frozenset(denoiser.state_dict()))

@@ -156,6 +156,11 @@ class TeacherSource(Section):
             raise ValueError(f"guidance: {self.guidance}; a toy has no conditions to guide by")
         if self.name != "pipeline" and self.dtype not in ("auto", "float32"):
             raise ValueError(f"dtype: {self.dtype}; a toy is computed in float32")
+        if self.guidance == 1 and (self.negative_prompt is not None or self.guidance_interval is not None):
+            raise ValueError(
+                f"negative_prompt, guidance_interval: {self.negative_prompt!r}, {self.guidance_interval}; of no use "
+                "with guidance: 1, which is none"
+            )
         low, high = self.guidance_interval or (0.0, 1.0)
         if not low < high:
             raise ValueError(f"guidance_interval: [{low}, {high}]; the first level must be below the second")
@@ -191,6 +196,12 @@ class Lora(Section):
     targets: tuple[str, ...] = Field(
         (), description="ends of the names of the layers that are adapted; none is every linear layer of a block"
     )
+
+    @model_validator(mode="after")
+    def _rank_where_there_is_more(self) -> Self:
+        if self.rank is None and (self.alpha is not None or self.targets):
+            raise ValueError(f"alpha, targets: {self.alpha}, {list(self.targets)}; of no use without a rank")
+        return self
 
 
 class Memory(Section):

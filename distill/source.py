@@ -9,7 +9,7 @@ from torch import Tensor
 from distill.captions import read_prompts
 from distill.config import FirstStage, Train
 from distill.encoded import Encoded, encoder_facts
-from distill.folders import has_text_encoder, index_of, load_words, pipeline_folder
+from distill.folders import has_text_encoder, index_of, load_words, pipeline_folder, pixel_classes
 from distill.progress import Progress
 from distill.teacher import Teacher
 from samplers.pipelines import vae_facts
@@ -62,6 +62,8 @@ def load_teacher(config: Train | FirstStage, device: torch.device) -> tuple[Teac
     kind = PIPELINES.get(name)
     rows = None if prompts.encoded is None else Encoded.read(prompts.encoded)
     words = kind is not None and bool(kind.embeddings)
+    if kind is None or (kind.network == "unet" and not words):
+        pixel_classes(folder)
     if not words and prompts.file is not None:
         raise ValueError(f"prompts.file: {prompts.file}; {folder} is a {name}, which has no use for words")
     null, text = None, None

@@ -206,8 +206,8 @@ def checked_subject(
         )
     if config.logging.mismatch_every is not None and (subject.n_conditions or 1) > JUDGED_CONDITIONS:
         raise ValueError(
-            f"logging.mismatch_every: {config.logging.mismatch_every}; of {subject.n_conditions} conditions there are too "
-            f"few samples of each to know a law by: accepted is null, or at most {JUDGED_CONDITIONS} conditions"
+            f"logging.mismatch_every: {config.logging.mismatch_every}; {subject.n_conditions} conditions have too few "
+            f"samples each to know a law by: accepted is null, or at most {JUDGED_CONDITIONS} conditions"
         )
     if config.real.name == "teacher" and config.real.count < (subject.n_conditions or 1):
         raise ValueError(

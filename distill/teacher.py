@@ -1,6 +1,7 @@
 """The model that is distilled: a diffusers pipeline as one frozen denoiser, with its conditions and its latents."""
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -102,6 +103,13 @@ class Teacher:
             raise ValueError(
                 f"guidance: {self.guidance} needs a null label, and the model names none "
                 f'(a file {FACTS} with "classes" and "null_label" beside model_index.json would)'
+            )
+
+        low, high = self.interval or (0.0, math.inf)
+        if high < self.denoiser.sigma_min or low > self.denoiser.sigma_limit:
+            raise ValueError(
+                f"guidance_interval: [{low}, {high}] has no level of the teacher's, [{self.denoiser.sigma_min:.6g}, "
+                f"{self.denoiser.sigma_limit:.6g}]"
             )
 
     @classmethod
