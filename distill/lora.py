@@ -53,7 +53,10 @@ def shared_copy(module: M, keys: frozenset[str] | None = None) -> M:
     """A copy of a module whose parameters and buffers under `keys` are the module's own; None: its `shared_keys`, which
     a network without adapters does not have."""
     shared: frozenset[str] = getattr(module, "shared_keys", frozenset()) if keys is None else keys
-    tensors = [tensor for key, tensor in module.state_dict(keep_vars=True).items() if key in shared]
+    state = module.state_dict(keep_vars=True)
+    tensors = [tensor for key, tensor in state.items() if key in shared]
+    if shared:  # constants that no state has
+        tensors += [tensor for key, tensor in module.named_buffers() if key not in state]
     return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
 
 

@@ -108,7 +108,8 @@ def subject_of(
         made = (teacher.denoiser, teacher.denoiser)
         prints = _prints(config, *made, Student(teacher.denoiser, steps.sigmas, steps.start, steps.noises), fake_lora)
     copies = [teacher.clone() if lora.rank is None else None for lora in (student_lora, fake_lora)]
-    teacher.denoiser.to(dtype)  # after full copies are made, and before adapters are put on it
+    # After full copies are made, and before adapters are put on it, which then share what is on the device.
+    teacher.denoiser.to(dtype).to(device)
     student, fake = (
         adapted(teacher.denoiser, lora, config.seed + k) if made is None else made
         for k, (made, lora) in enumerate(zip(copies, (student_lora, fake_lora), strict=True))
@@ -116,7 +117,6 @@ def subject_of(
     if config.memory.checkpointing:
         for trained in (student, fake):
             _checkpoint(trained.network)
-    teacher.denoiser.to(device)
     if teacher.pipe is not None:
         teacher.pipe.to(device)
     latent = teacher.pipe is not None
