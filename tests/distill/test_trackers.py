@@ -17,7 +17,8 @@ from torch import Tensor
 from distill.average import Average
 from distill.config import Train
 from distill.run import Run, drive
-from tests.distill.tiny import TRAIN, unet
+from tests.distill.command import distill
+from tests.distill.tiny import TRAIN, save_teacher, unet, write_config
 
 
 @pytest.fixture(autouse=True)
@@ -97,6 +98,22 @@ def test_trackers_are_told_what_the_metrics_file_is(tmp_path: Path) -> None:
     assert [line["step"] for line in told] == [2, 4, 6, 8, 10]
     assert told == [{k: v for k, v in line.items() if k != "seconds"} for line in written]
     assert [line["loss"] for line in told] == [0.5, 2.5, 4.5, 6.5, 8.5]
+
+
+def test_tensorboard_is_told_too(tmp_path: Path) -> None:
+    """By the command, in a process of its own; read by TensorBoard's own reader."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    save_teacher(tmp_path / "pipeline")
+    logging = TRAIN["logging"] | {"trackers": ["tensorboard"]}
+    config = write_config(tmp_path, TRAIN, steps=4, logging=logging)
+    result = distill("train", "--config", config, cwd=tmp_path)
+    assert result.code == 0, result.err
+    written = [json.loads(line) for line in (tmp_path / "student/metrics.jsonl").read_text().splitlines()]
+    (events,) = (tmp_path / "student").rglob("events.out.tfevents.*.0")
+    told = EventAccumulator(str(events.parent)).Reload().Scalars("student_loss")
+    assert [entry.step for entry in told] == [line["step"] for line in written] == [1, 2, 3, 4]
+    assert [entry.value for entry in told] == pytest.approx([line["student_loss"] for line in written], rel=1e-6)
 
 
 def test_averages_that_are_kept_are_those_of_their_steps(tmp_path: Path) -> None:
