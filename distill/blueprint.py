@@ -1,6 +1,7 @@
 """The networks of a run as `distill train` would build them, on the meta device: sizes and refusals without weights."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,12 +13,11 @@ from distill.folders import pipeline_folder, read_facts
 from distill.hardware import Hardware
 from distill.noise import check_log_normal
 from distill.skeleton import META, Skeleton, check_weights, read_skeleton
+from distill.source import read_prompts_of
 from distill.stock import Steps, student_steps
 from distill.subject import Subject, subject_of
 from distill.taps import Tap
-from distill.teacher import Teacher, Words
-from samplers import NetworkDenoiser
-from samplers.adapters import coordinates_of
+from distill.teacher import Teacher, check_words
 from samplers.prompts import PIPELINES
 
 
@@ -66,17 +66,21 @@ def blueprint(config: Train, hardware: Hardware) -> Blueprint:
 
 
 def _teacher(config: Train, skeleton: Skeleton) -> Teacher:
-    """The teacher of a skeleton, with which nothing can be computed. Raises ValueError as `Teacher.load`."""
-    network, facts = skeleton.network, read_facts(skeleton.folder)
-    denoiser = NetworkDenoiser(network, coordinates_of(skeleton.scheduler)).requires_grad_(False).eval()
-    known: dict[str, Any] = {
-        "guidance": config.teacher.guidance, "facts": facts, "interval": config.teacher.guidance_interval,
-        "pipe": skeleton.pipe,
-    }  # fmt: skip
-    if skeleton.worded:
-        null = {name: torch.zeros(shape, device=META) for name, shape in skeleton.embeddings(1).items()}
-        return Teacher(denoiser, skeleton.scheduler, skeleton.shape, words=Words(skeleton.pipe, null), **known)
-    label = network.config.get("num_embeds_ada_norm")
-    n_classes = len(facts["classes"]) if facts.get("classes") else network.config.get("num_class_embeds") or label
-    null_label = facts.get("null_label", label)
-    return Teacher(denoiser, skeleton.scheduler, skeleton.shape, n_classes, null_label, **known)
+    """The teacher of a skeleton, with which nothing can be computed.
+
+    Raises ValueError as `distill.source.load_teacher`; prompts and rows that are not here are not asked for.
+    """
+    source, prompts = config.teacher, config.prompt_source
+    if all(Path(path).exists() for path in (prompts.file, prompts.encoded) if path is not None):
+        read_prompts_of(config)
+    check_words(skeleton.folder, source.negative_prompt, prompts.height, prompts.width)
+    if skeleton.pipe is None:
+        of = skeleton.folder, skeleton.network, skeleton.scheduler
+        return Teacher.of_pixels(*of, source.guidance, source.guidance_interval)
+    shapes = skeleton.embeddings(1) if skeleton.worded else {}
+    null = {name: torch.zeros(shape, device=META) for name, shape in shapes.items()}
+    size = {"height": prompts.height, "width": prompts.width}
+    found = Teacher.of_pipeline(
+        skeleton.pipe, source.guidance, **size, guidance_embedding=source.guidance_embedding, null=null
+    )
+    return replace(found, interval=source.guidance_interval, facts=read_facts(skeleton.folder))

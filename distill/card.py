@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.config import Teach, Train
+from distill.folders import class_count
 from distill.sections import Optimizer
 from distill.student_run import StudentRun
 from samplers.adapters import FlowMatching
@@ -60,17 +61,23 @@ images = sample(heun, denoiser, x.float(), sigmas{", torch.arange(10)" if classe
 def student_card(student: StudentRun, index: dict[str, Any]) -> str:
     """The card of a student's pipeline folder. index: the model_index.json of that folder."""
     name = student.steps.pipeline
-    missing = [part for part, entry in index.items() if part.startswith(_TEXTS) and entry[0] is None]
-    options = "".join(f", {part}=None" for part in missing)
+    options = _left_out(index)
     loading = f"""from diffusers import {name}
 
 pipe = {name}.from_pretrained("FOLDER"{options})"""
     return _card(student, loading)
 
 
+def _left_out(index: dict[str, Any]) -> str:
+    """What from_pretrained is told of text encoders that a pipeline does without."""
+    missing = [part for part, entry in index.items() if part.startswith(_TEXTS) and entry[0] is None]
+    return "".join(f", {part}=None" for part in missing)
+
+
 def lora_card(student: StudentRun, file: str) -> str:
     """The card of a student's adapters, which are in `file`."""
     name, scheduler, base = student.index["_class_name"], type(student.steps.scheduler).__name__, _base(student)
+    options = _left_out(student.index)
     peft, loading = "", 'pipe.load_lora_weights("FOLDER")'
     if file.startswith("adapter"):
         peft, loading = (
@@ -83,7 +90,7 @@ def lora_card(student: StudentRun, file: str) -> str:
         student,
         f"""from diffusers import {name}, {scheduler}
 {peft}
-pipe = {name}.from_pretrained("{base or "BASE"}")
+pipe = {name}.from_pretrained("{base or "BASE"}"{options})
 pipe.scheduler = {scheduler}.from_pretrained("FOLDER", subfolder="scheduler")
 {loading}""",
     )
@@ -137,9 +144,12 @@ def _call(student: StudentRun) -> str:
     if _has_words(student):
         return "image = pipe(" + ", ".join(['"a red fox"', *arguments]) + ").images[0]"
     if student.index["_class_name"] == "DiTPipeline":
-        return f"images = pipe({', '.join(['class_labels=[207, 360]', *arguments])}).images"
-    labels = ["class_labels=[0, 1, 2, 3]"] if _has_labels(student) else []
-    return f"images = pipe({', '.join(['batch_size=4', *labels, *arguments])}).images"
+        labels = [label for label in (207, 360) if label < student.network["num_embeds_ada_norm"]] or [0]
+        return f"images = pipe({', '.join([f'class_labels={labels}', *arguments])}).images"
+    count = class_count(student.facts, student.network.get("num_class_embeds"))
+    labels = [] if count is None else list(range(min(4, count)))
+    given = [f"batch_size={len(labels) or 4}", *([f"class_labels={labels}"] if labels else [])]
+    return f"images = pipe({', '.join([*given, *arguments])}).images"
 
 
 def _exactness(student: StudentRun) -> str:

@@ -18,7 +18,7 @@ from distill.adversary import Adversary, ScoreOnly
 from distill.average import Average
 from distill.card import teacher_card
 from distill.export import save_pipeline, teacher_scheduler
-from distill.folders import FACTS, network_part, pipeline_folder
+from distill.folders import FACTS, network_part, pipeline_folder, weight_files
 from distill.launch import launched
 from distill.lora import shared_copy
 from distill.noise import Share, check_log_normal, karras_level, log_normal_level
@@ -224,7 +224,7 @@ def _keep_teacher(config: schemas.Train, folder: Path) -> None:
     if config.teacher.name == "pipeline":
         source = pipeline_folder(path)
         part = network_part(source)
-        weights = sorted((source / part).glob("*.safetensors"))
+        weights = weight_files(source / part)
         names = ("model_index.json", f"{part}/config.json", "vae/config.json", _SCHEDULER, FACTS)
     else:
         source = toy.teacher_folder(path)

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from distill.card import lora_card, student_card
-from distill.folders import FACTS, UNUSED, index_of, read_facts
+from distill.folders import FACTS, UNUSED, index_of, is_plain_safetensors, read_facts
 from distill.student_run import NETWORKS, StudentRun
 from samplers.atomic import atomic_folder
 
@@ -149,16 +149,6 @@ def _copied(source: Path, part: str) -> tuple[dict[str, Any], list[Path]]:
             raise ValueError(f"{source / name}: has no safetensors (without a variant), which a student needs")
     index.pop("_name_or_path", None)
     return index, files
-
-
-def is_plain_safetensors(name: str) -> bool:
-    """Whether a file of a pipeline's part holds weights that are read by default: of no variant, whole or a shard."""
-    stem, _, shard = name.removesuffix(".safetensors").partition("-")
-    return (
-        name.endswith(".safetensors")
-        and stem in ("model", "diffusion_pytorch_model")
-        and (not shard or "-of-" in shard)
-    )
 
 
 def _write_adapters(draft: Path, student: StudentRun, adapters: dict[str, Tensor]) -> str:

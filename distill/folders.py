@@ -120,6 +120,29 @@ def read_pipeline(folder: Path) -> tuple[Any, Any]:
     return read_model(folder / "unet", getattr(diffusers, network_class)), scheduler
 
 
+def class_count(facts: dict[str, Any], labels: int | None) -> int | None:
+    """The number of classes of a network with so many labels: those that have names, or all but a null label at the
+    end."""
+    if facts.get("classes"):
+        return len(facts["classes"])
+    return labels - 1 if labels is not None and facts.get("null_label") == labels - 1 else labels
+
+
+def is_plain_safetensors(name: str) -> bool:
+    """Whether a file of a pipeline's part holds weights that are read by default: of no variant, whole or a shard."""
+    stem, _, shard = name.removesuffix(".safetensors").partition("-")
+    return (
+        name.endswith(".safetensors")
+        and stem in ("model", "diffusion_pytorch_model")
+        and (not shard or "-of-" in shard)
+    )
+
+
+def weight_files(part: Path) -> list[Path]:
+    """The safetensors of a part of a pipeline folder that are read: none of a variant."""
+    return [file for file in sorted(part.glob("*.safetensors")) if is_plain_safetensors(file.name)]
+
+
 def has_text_encoder(folder: Path) -> bool:
     """Whether a pipeline folder names one."""
     return any(name.startswith("text_encoder") and part and part[0] for name, part in index_of(folder).items())

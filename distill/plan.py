@@ -15,6 +15,7 @@ from distill.budget import Budget, Networks, budget, largest_fitting
 from distill.config import Train
 from distill.folders import pipeline_folder
 from distill.hardware import SHARE, Hardware
+from distill.noise import Share
 from distill.ratio import real_samples, untrained_heads
 from distill.subject import checked_subject
 
@@ -95,6 +96,9 @@ def _needs(config: Train, networks: Networks, hardware: Hardware) -> list[str]:
     rows = config.batch_size // (hardware.processes * parts)
     if not rows:
         return [f"memory: a batch of {config.batch_size} is less than one for {hardware.processes} x {parts} parts"]
+    Share(config.seed, config.batch_size, 0, hardware.processes).numbers(
+        0, 0, parts
+    )  # refuses parts that are not whole
     needed = budget(config, networks, hardware, rows)
     gib, limit = needed.peak / _GIB, hardware.memory / _GIB
     lines = [f"on {hardware}; {rows} samples at a time, {parts} times for an update, in each process"]

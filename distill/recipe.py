@@ -16,7 +16,7 @@ from torch import Tensor
 
 from distill.captions import read_prompts
 from distill.export import is_plain_safetensors
-from distill.folders import FACTS, SUPPORTED, UNUSED, pipeline_folder, read_facts
+from distill.folders import FACTS, SUPPORTED, UNUSED, class_count, pipeline_folder, read_facts
 from distill.prompts import PROMPTED, picture_shape, prompt_schedule
 from distill.run import read_record
 from distill.stock import CONSISTENCY, PIXELS, Steps, student_steps
@@ -163,8 +163,10 @@ def _student(
     levels = {"sigmas": list(steps.sigmas), "start": steps.start, "floor": steps.floor}
     asked: dict[str, Any] = {}
     prompts = None
-    n_classes = len(facts.get("classes") or []) or network.get("num_class_embeds")
+    n_classes = class_count(facts, network.get("num_class_embeds"))
     if steps.pipeline == PIXELS:
+        if sampling.prompts is not None:
+            raise ValueError(f"prompts: {sampling.prompts}; {recipe.folder} has no use for words")
         shape = _shape(network)
     else:
         vae = _json((recipe.base or recipe.folder) / "vae/config.json")
@@ -215,7 +217,7 @@ def _unconditional(folder: Path, index: dict[str, Any], sampling: Sampling) -> R
         )
     unet, facts, scheduler = _json(folder / "unet/config.json"), read_facts(folder), _scheduler(folder, index)
     files = _of_parts(folder, ("unet", "scheduler"))
-    n_classes = len(facts["classes"]) if facts.get("classes") else unet.get("num_class_embeds")
+    n_classes = class_count(facts, unet.get("num_class_embeds"))
     own = {"pipeline": {part: index[part] for part in ("unet", "scheduler")}}
     coordinates = coordinates_of(scheduler)
     if "kind" not in facts and type(scheduler).__name__ == CONSISTENCY:

@@ -58,27 +58,13 @@ def load_teacher(config: Train | FirstStage, device: torch.device) -> tuple[Teac
     source = config.teacher
     prompts = config.prompt_source if isinstance(config, Train) else config.prompts
     folder = pipeline_folder(str(source.path))
-    name = str(index_of(folder).get("_class_name"))
-    kind = PIPELINES.get(name)
-    rows = None if prompts.encoded is None else Encoded.read(prompts.encoded)
-    words = kind is not None and bool(kind.embeddings)
-    if kind is None or (kind.network == "unet" and not words):
-        pixel_classes(folder)
-    if not words and prompts.file is not None:
-        raise ValueError(f"prompts.file: {prompts.file}; {folder} is a {name}, which has no use for words")
+    rows, words = read_prompts_of(config)
     null, text = None, None
-    if words and rows is not None:
-        null = _null(rows, source.negative_prompt)
-    elif words:
-        if prompts.file is None:
-            raise ValueError(
-                f"prompts: there are none, and {folder} is a {name}, which is conditioned on words; needed is "
-                "prompts.file or prompts.encoded"
-            )
-        if not has_text_encoder(folder):
-            raise ValueError(f"prompts.file: {folder} has no text encoder; needed is prompts.encoded")
+    if words is not None:
         text = load_words(folder).to(device)
         null = {key: value.cpu() for key, value in embed(text, source.negative_prompt).items()}
+    elif rows is not None and rows.embeddings:
+        null = _null(rows, source.negative_prompt)
     teacher = Teacher.load(
         folder,
         source.guidance,
@@ -90,16 +76,46 @@ def load_teacher(config: Train | FirstStage, device: torch.device) -> tuple[Teac
         null=null,
     )
     if rows is not None:
-        rows.check(name, None if teacher.pipe is None else vae_facts(teacher.pipe.vae), encoder_facts(folder))
-    if text is None:
+        vae = None if teacher.pipe is None else vae_facts(teacher.pipe.vae)
+        rows.check(str(index_of(folder).get("_class_name")), vae, encoder_facts(folder))
+    if words is None:
         return teacher.under(rows), rows
-    return teacher.under(EmbeddedPrompts(read_prompts(str(prompts.file), prompts.column), partial(embed, text))), rows
+    return teacher.under(EmbeddedPrompts(words, partial(embed, text))), rows
+
+
+def read_prompts_of(config: Train | FirstStage) -> tuple[Encoded | None, tuple[str, ...] | None]:
+    """What was encoded for a teacher, or the prompts that are to be embedded; of a model without words neither has any.
+
+    Raises ValueError for a pipeline that is not supported, and for prompts that are missing or of no use to it.
+    """
+    prompts = config.prompt_source if isinstance(config, Train) else config.prompts
+    folder = pipeline_folder(str(config.teacher.path))
+    name = str(index_of(folder).get("_class_name"))
+    kind = PIPELINES.get(name)
+    rows = None if prompts.encoded is None else Encoded.read(prompts.encoded)
+    if kind is None or not kind.embeddings:
+        if kind is None or kind.network == "unet":
+            pixel_classes(folder)
+        named = prompts.file or (prompts.encoded if not isinstance(config, Train) else config.prompts.encoded)
+        if named is not None and not isinstance(config, FirstStage):
+            raise ValueError(f"prompts: {named}; {folder} is a {name}, which has no use for words")
+        return rows, None
+    if rows is not None:
+        if not rows.embeddings:
+            raise ValueError(f"prompts.encoded: {rows.folder} has no prompts; needed are their embeddings")
+        return rows, None
+    if prompts.file is None:
+        raise ValueError(
+            f"prompts: there are none, and {folder} is a {name}, which is conditioned on words; needed is prompts.file "
+            "or prompts.encoded"
+        )
+    if not has_text_encoder(folder):
+        raise ValueError(f"prompts.file: {folder} has no text encoder; needed is prompts.encoded")
+    return None, read_prompts(prompts.file, prompts.column)
 
 
 def _null(rows: Encoded, negative_prompt: str | None) -> dict[str, Tensor]:
     """The embeddings that guidance leads away from. Raises ValueError where another negative prompt was encoded."""
-    if not rows.embeddings:
-        raise ValueError(f"prompts.encoded: {rows.folder} has no prompts; needed are their embeddings")
     if negative_prompt is None:
         return rows.null
     if negative_prompt != rows.negative_prompt:

@@ -19,7 +19,6 @@ from samplers.prompts import GUIDANCE_EMBEDDING, PIPELINES
 
 CONSISTENCY = "CMStochasticIterativeScheduler"
 PIXELS = "ConsistencyModelPipeline"  # what runs a UNet2DModel, with and without classes, under any scheduler here
-_BINNED = (32, 64, 128, 256)  # sample sizes for which PixArt has a table of resolutions
 
 
 @dataclass(frozen=True)
@@ -82,8 +81,11 @@ def student_steps(
         pipeline_class = PIXELS
     else:  # every pipeline of latents guides by default; where the scale is embedded, the network needs one
         call["guidance_scale"] = guidance_embedding if network_config.get("guidance_embeds") else 1.0
-    if pipeline_class.startswith("PixArt") and network_config.get("sample_size") not in _BINNED:
-        call["use_resolution_binning"] = False
+    if pipeline_class.startswith("PixArt"):  # which would make another size, and of other words, than was asked for
+        call |= {"use_resolution_binning": False, "clean_caption": False}
+    size = network_config.get("sample_size")
+    if pipeline_class == PIXELS and isinstance(size, list | tuple):
+        raise ValueError(f"sample_size: {list(size)}; a {PIXELS} takes a number, the side of a square")
 
     if isinstance(coordinates, FlowMatching):
         return _flow(scheduler, pipeline_class, first, steps, call)

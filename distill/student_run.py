@@ -11,7 +11,7 @@ from torch import Tensor
 
 from distill import checkpoint
 from distill.config import Train
-from distill.folders import index_of, pipeline_folder, read_facts, read_model
+from distill.folders import index_of, pipeline_folder, read_facts, read_model, weight_files
 from distill.run import read_record
 from distill.stock import PIXELS, Steps, student_steps
 from samplers.adapters import Coordinates, coordinates_of
@@ -135,7 +135,7 @@ class StudentRun:
         config = dict(self.network)
         weights = merged(self._frozen(self.base(base), kind), average, self._scale) if self.has_adapters else average
         null_label = self.facts.get("null_label")
-        if null_label is not None:
+        if null_label is not None and null_label == config["num_class_embeds"] - 1:
             config["num_class_embeds"] = null_label
             weights["class_embedding.weight"] = weights["class_embedding.weight"][:null_label].clone()
         network = kind.from_config(config)
@@ -161,7 +161,7 @@ class StudentRun:
     def _frozen(self, base: Path, kind: Any) -> dict[str, Tensor]:
         """The teacher's weights, float32. Raises ValueError where they are not those that the run began with."""
         identity = self.folder / "network/teacher.sha256"
-        files = sorted((base / self.part).glob("*.safetensors"))
+        files = weight_files(base / self.part)
         if identity.is_file() and identity.read_text() != " ".join(checkpoint.sha256(file) for file in files):
             raise ValueError(f"--base: the weights in {base / self.part} are not what the adapters were trained on")
         weights: dict[str, Tensor] = read_model(base / self.part, kind, torch.float32).state_dict()

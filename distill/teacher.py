@@ -10,7 +10,16 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor
 
-from distill.folders import FACTS, has_text_encoder, index_of, load_pipeline, pipeline_folder, read_facts, read_pipeline
+from distill.folders import (
+    FACTS,
+    class_count,
+    has_text_encoder,
+    index_of,
+    load_pipeline,
+    pipeline_folder,
+    read_facts,
+    read_pipeline,
+)
 from samplers import Denoiser, Guided, NetworkDenoiser, SampleNoise, decode, denoiser_from, latent_shape
 from samplers.prompts import GUIDANCE_EMBEDDING, PIPELINES, condition, denoiser_of, embed, kind_of
 
@@ -136,13 +145,9 @@ class Teacher:
         folder = pipeline_folder(path)
         name = str(index_of(folder).get("_class_name"))
         kind = PIPELINES.get(name)
-        if (kind is None or not kind.embeddings) and not (negative_prompt is height is width is None):
-            raise ValueError(
-                f"negative_prompt, height, width: {negative_prompt!r}, {height}, {width}; {folder} is a {name} and has "
-                "no use for them"
-            )
+        check_words(folder, negative_prompt, height, width)
         if kind is None or (kind.network == "unet" and not kind.embeddings):
-            return cls._of_pixels(folder, guidance, interval)
+            return cls.of_pixels(folder, *read_pipeline(folder), guidance, interval)
 
         pipe = load_pipeline(folder, () if null is None and kind.embeddings else TEXT_PARTS)
         if kind.embeddings and null is None:
@@ -175,12 +180,20 @@ class Teacher:
         return cls(denoiser, pipe.scheduler, shape, guidance=guidance, pipe=pipe, words=words)
 
     @classmethod
-    def _of_pixels(cls, folder: Path, guidance: float, interval: tuple[float, float] | None) -> Self:
-        network, scheduler = read_pipeline(folder)
+    def of_pixels(
+        cls,
+        folder: Path,
+        network: Any,
+        scheduler: Any,
+        guidance: float = 1.0,
+        interval: tuple[float, float] | None = None,
+    ) -> Self:
+        """A network of pixels and its scheduler, with the classes that its folder tells of. Raises ValueError for
+        labels that the network does not have."""
         denoiser = denoiser_from(network, scheduler).requires_grad_(False).eval()
 
         facts = read_facts(folder)
-        n_classes = len(facts["classes"]) if facts.get("classes") else network.config.num_class_embeds
+        n_classes = class_count(facts, network.config.num_class_embeds)
         null_label = facts.get("null_label")
         labels = [label for label in (n_classes and n_classes - 1, null_label) if label is not None]
         if labels and max(labels) >= (network.config.num_class_embeds or 0):
@@ -267,3 +280,14 @@ def sample_shape(network: Any) -> tuple[int, int, int]:
     size = network.config.sample_size
     height, width = size if isinstance(size, list | tuple) else (size, size)
     return network.config.in_channels, height, width
+
+
+def check_words(folder: Path, negative_prompt: str | None, height: int | None, width: int | None) -> None:
+    """Raises ValueError where a pipeline without words is told of some, or of a size."""
+    name = str(index_of(folder).get("_class_name"))
+    kind = PIPELINES.get(name)
+    if (kind is None or not kind.embeddings) and not (negative_prompt is height is width is None):
+        raise ValueError(
+            f"negative_prompt, height, width: {negative_prompt!r}, {height}, {width}; {folder} is a {name} and has no "
+            "use for them"
+        )

@@ -112,8 +112,9 @@ def test_peaks_fall_with_the_samples_at_once_and_the_most_that_fit_do(tmp_path: 
 
 def test_shares_and_adapters_hold_what_they_should(tmp_path: Path) -> None:
     folder = save("sd15", tmp_path / "p")
-    plain = config(folder, noise={}, student={"sigma_init": None})
-    lora = config(folder, noise={}, student={"sigma_init": None, "lora": {"rank": 2}}, fake={"lora": {"rank": 2}})
+    more = {"noise": {}, "prompts": {"file": "words.txt"}}
+    plain = config(folder, **more, student={"sigma_init": None})
+    lora = config(folder, **more, student={"sigma_init": None, "lora": {"rank": 2}}, fake={"lora": {"rank": 2}})
     sharded = Hardware.parse("4xH100,fsdp")
     whole, shared = (budget(plain, networks(plain, on), on, 2).held for on in (ONE, sharded))
     for name in ("student", "fake score", "average", "Adam"):
