@@ -10,12 +10,13 @@ from tests.distill.command import distill
 from tests.distill.runs import DDP, FSDP, launch, lines
 from tests.distill.tiny import write_config
 
-REST = [name for name in families.FAMILIES if name not in ("sd15", "flux")]  # which tests/distill/test_processes.py has
+# One of each network class and kind of coordinates; tests/distill/test_processes.py has Stable Diffusion and Flux.
+NAMES = ("ddpm-v", "edm", "dit", "sdxl", "pixart", "sd3")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [DDP, FSDP], ids=["ddp", "fsdp"])
-@pytest.mark.parametrize("name", REST)
+@pytest.mark.parametrize("name", NAMES)
 def test_two_processes_agree_with_one(name: str, how: tuple[object, ...], tmp_path: Path) -> None:
     """To 1e-3; a loss that is rounding alone is compared to the largest of its kind."""
     families.save(name, tmp_path / "teacher")
