@@ -30,6 +30,7 @@ from distill.ratio import (
     images_of,
     ratio_weight_of,
     real_samples,
+    tell,
     untrained_heads,
 )
 from distill.run import Run, drive
@@ -168,6 +169,7 @@ def train(config: schemas.Train, resume: bool, progress: Progress) -> Path:
     if not config.divergence.constant:
         modules["ratio_weight"] = ratio_weight = ratio_weight_of(config, low, high, parts, accelerator)
     sigma_data = subject.fake.sigma_data
+    tell(config, low, high, parts)
     trainer = Trainer(
         subject.as_student(student_denoiser),
         fake_denoiser,

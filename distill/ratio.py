@@ -12,6 +12,7 @@ from distill import config as schemas
 from distill import data, divergences
 from distill.adversary import Adversary, FakeHeads, TeacherHeads
 from distill.discriminator import Discriminator
+from distill.noise import uncovered
 from distill.progress import note
 from distill.real import RealImages, RealMixture, RealRows, check_classes, teacher_samples
 from distill.sections import Data
@@ -21,6 +22,7 @@ from distill.weights import RatioWeight
 from samplers import NetworkDenoiser, SampleNoise
 from samplers.schedules import karras_index
 
+UNCOVERED = 0.25  # of the student's noise levels, from where on a user is told
 Reals = Callable[[SampleNoise, Any], Tensor]
 
 
@@ -129,10 +131,21 @@ def check_normalised(config: schemas.Train, parts: int) -> None:
             f"divergence.normalise: over parts of one sample every divergence is reverse KL (batch_size: "
             f"{config.batch_size} in {parts} parts); accepted are larger parts, and False"
         )
-    if rows < 2 * choice.bins:
+
+
+def tell(config: schemas.Train, low: float, high: float, parts: int) -> None:
+    """What a user should know of a run that is about to begin, and nothing refuses."""
+    choice, rows = config.divergence, config.batch_size // parts
+    if not choice.constant and choice.normalise and rows < 2 * choice.bins:
         note(
             f"{choice.name} is normalised over parts of {rows} samples in {choice.bins} bins, which pulls its weights "
             "to 1; fewer parts or bins help"
+        )
+    share = uncovered(config.fake.noise, config.noise, low, high)
+    if share > UNCOVERED:
+        note(
+            f"{share:.0%} of the student's noise levels lie above nearly all of fake.noise, where the fake score stays "
+            "the teacher; raise fake.noise.mean and std, or lower noise.sigma_max"
         )
 
 

@@ -14,8 +14,7 @@ from distill.config import FirstStage, Train
 from distill.encoded import Encoded
 from distill.lora import adapted
 from distill.nodes import fingerprint
-from distill.noise import GENERATION, check_log_normal, check_range, uncovered
-from distill.progress import note
+from distill.noise import GENERATION, check_log_normal, check_range
 from distill.sections import Lora
 from distill.source import frozen_dtype, load_teacher
 from distill.stock import student_steps
@@ -29,7 +28,6 @@ PREVIEW_ROWS = 8  # of ten pixel images; of latents, which are decoded, it is on
 PREVIEW_POINTS = 2000
 FLOW_TIMES = (0.02, 0.98)
 JUDGED_CONDITIONS = 100
-UNCOVERED = 0.25  # of the student's noise levels, from where on a user is told
 Generate = Callable[[Tensor, Any, SampleNoise], Tensor]
 
 
@@ -198,12 +196,6 @@ def checked_subject(
         return subject, low, high
     low, high = subject.range(config.noise.sigma_min, config.noise.sigma_max)
     check_log_normal("fake.noise", config.fake.noise, low, high)
-    share = uncovered(config.fake.noise, config.noise, low, high)
-    if share > UNCOVERED:
-        note(
-            f"{share:.0%} of the student's noise levels lie above nearly all of fake.noise, where the fake score stays "
-            "the teacher; raise fake.noise.mean and std, or lower noise.sigma_max"
-        )
     if config.logging.mismatch_every is not None and (subject.n_conditions or 1) > JUDGED_CONDITIONS:
         raise ValueError(
             f"logging.mismatch_every: {config.logging.mismatch_every}; {subject.n_conditions} conditions have too few "
