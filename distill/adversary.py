@@ -5,7 +5,7 @@ score, trained jointly (DMD2). Either way the logits of the student's step come 
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -150,7 +150,7 @@ class _Heads:
 
         def end(features: list[Tensor]) -> None:
             # The heads are no part of a block that is run again, nor of what is computed in bfloat16.
-            with saved_tensors_hooks(_as_it_is, _as_it_is), torch.autocast(x.device.type, enabled=False):
+            with saved_tensors_hooks(_as_it_is, _as_it_is), _in_full(x.device.type):
                 logits = self.heads([f[: len(x)] for f in features])
                 logits = self._used(logits)
                 if self.bridges:
@@ -284,6 +284,12 @@ class FakeHeads(_Heads):
 def _fraction(target: Denoiser) -> float:
     """How far on its path a target is; a plain denoiser is at the end."""
     return getattr(target, "fraction", 1.0)
+
+
+def _in_full(device_type: str) -> AbstractContextManager[Any]:
+    """No autocast, on devices that have one."""
+    able = torch.amp.is_autocast_available(device_type)
+    return torch.autocast(device_type, enabled=False) if able else nullcontext()
 
 
 def _as_it_is(tensor: Tensor) -> Tensor:

@@ -57,7 +57,8 @@ def score_mismatch(
         return take_conditions(cond, part, len(z))
 
     labels = getattr(cond, "numbers", cond)  # prompts are told apart by their numbers
-    samples = in_parts(lambda part: student(z[part], of(part), noise[part]), len(z))
+    several = len(student) > 1  # one step draws nothing
+    samples = in_parts(lambda part: student(z[part], of(part), noise[part] if several else None), len(z))
     judged = min(judged, len(samples))
     eps = noise.normal(shape, device=device)[:judged]
     results: dict[str, list[float]] = {name: [] for name in denoisers}

@@ -74,6 +74,7 @@ def assert_whole(folder: Path, like: Path) -> None:
     Encoded.read(folder).verify()
 
 
+@pytest.mark.slow
 def test_killed_anywhere_it_goes_on_and_ends_the_same(done: Path) -> None:
     """kill -9 after a shard or two, again and again: what was finished is never written again, nothing half is left."""
     rng, out = random.Random(0), done / "killed"

@@ -148,6 +148,7 @@ QUICK = ("toy",)
 
 
 @pytest.mark.parametrize("kind", [k if k in QUICK else pytest.param(k, marks=pytest.mark.slow) for k in KILLED])
+@pytest.mark.slow
 def test_killed_and_resumed_it_ends_as_if_nothing_had_happened(place: Path, kind: str) -> None:
     """Weights, those of the heads and the ratio's running means too, optimizers and metrics, bit for bit."""
     steps = 14
@@ -249,6 +250,7 @@ def test_a_dry_run_needs_no_teacher(tmp_path: Path) -> None:
     assert entries(tmp_path) == ["config.yaml"]
 
 
+@pytest.mark.slow
 def test_a_student_is_exported_and_sampled(place: Path) -> None:
     changes = {"divergence": divergence("jeffreys"), "adversarial_weight": 0.1, "real": DATA, "steps": 3}
     config = write_config(place, TRAIN, discriminator={"features": "fake"}, **changes)

@@ -35,7 +35,7 @@ FILES = ("sd15", "sdxl", "sd3", "flux")  # whose pipelines read LoRA files
 METHODS = {"disback": DISBACK, "f-distill": F_DISTILL}
 everyone = pytest.mark.parametrize("name", families.FAMILIES)
 one_is_quick = pytest.mark.parametrize(
-    "name", [name if name == "sdxl" else pytest.param(name, marks=pytest.mark.slow) for name in families.FAMILIES]
+    "name", [pytest.param(name, marks=pytest.mark.slow) for name in families.FAMILIES]
 )
 
 

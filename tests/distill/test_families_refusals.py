@@ -201,6 +201,7 @@ def test_embeddings_of_another_family_and_of_other_text_encoders(place: Path, sa
     refused(place, "encoded", "text_encoder", options=options)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_family(place: Path, saved: Path) -> None:
     result = distill("train", "--config", "config.yaml", "--steps", 1, cwd=place)
     assert result.code == 0, result.err

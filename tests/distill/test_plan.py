@@ -110,6 +110,7 @@ def test_peaks_fall_with_the_samples_at_once_and_the_most_that_fit_do(tmp_path: 
     assert largest_fitting(lambda rows: found[rows], found[16], found[1].peak / 2) == 0
 
 
+@pytest.mark.slow
 def test_shares_and_adapters_hold_what_they_should(tmp_path: Path) -> None:
     folder = save("sd15", tmp_path / "p")
     more = {"noise": {}, "prompts": {"file": "words.txt"}}
