@@ -98,7 +98,8 @@ def read_prompts_of(config: Train | FirstStage) -> tuple[Encoded | None, tuple[s
             pixel_classes(folder)
         named = prompts.file or (prompts.encoded if not isinstance(config, Train) else config.prompts.encoded)
         if named is not None and not isinstance(config, FirstStage):
-            raise ValueError(f"prompts: {named}; {folder} is a {name}, which has no use for words")
+            key = "file" if prompts.file is not None else "encoded"
+            raise ValueError(f"prompts.{key}: {named}; {folder} is a {name}, which has no use for words")
         return rows, None
     if rows is not None:
         if not rows.embeddings:

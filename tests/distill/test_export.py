@@ -90,7 +90,8 @@ def test_a_conditional_student_loads_where_this_library_does_not_exist(place: Pa
     scheduler = json.loads((place / "exported/scheduler/scheduler_config.json").read_text())
     assert (scheduler["sigma_max"], scheduler["sigma_data"], scheduler["clip_denoised"]) == (2.5, SIGMA_DATA, False)
     facts = json.loads((place / "exported/distill.json").read_text())
-    assert facts == {"kind": "student", "classes": ["0", "1", "2"], "null_label": None}
+    steps = {"sigmas": [2.5], "start": 2.5, "floor": 0.01, "call": {"num_inference_steps": 1}}
+    assert facts == {"kind": "student", "classes": ["0", "1", "2"], "null_label": None} | steps
     card = (place / "exported/README.md").read_text()
     assert card.startswith("---\nlibrary_name: diffusers\npipeline_tag: ")
     assert "class_labels" in card

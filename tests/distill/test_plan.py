@@ -29,7 +29,8 @@ LARGE = tuple(PARAMETERS)
 
 
 def config(path: object, **changes: Any) -> Train:
-    return Train.model_validate(TRAIN | {"teacher": {"path": str(path)}} | changes)
+    prompts = {"prompts": {"file": "words.txt"}}  # which need not be here
+    return Train.model_validate(TRAIN | {"teacher": {"path": str(path)}} | prompts | changes)
 
 
 @pytest.mark.parametrize("name", [LARGE[0], *(pytest.param(name, marks=pytest.mark.slow) for name in LARGE[1:])])
