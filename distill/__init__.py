@@ -16,7 +16,7 @@ student      x = D(sigma_init z, sigma_init)              data          digits, 
 losses       pure functions of tensors and denoisers      divergences   f, h(r): one table (weights: r -> a batch's h)
 taps         features of a network's encoder, by hooks    discriminator heads on them, whose logit is ln r
 adversary    what a discriminator adds to the trainer     real          its real samples: data, or the teacher's
-ratio        heads, reals, weights of a configuration
+ratio        heads, reals, weights of a configuration     methods       the sections that are the method
 targets      what the student is pulled towards           trainer       the one alternating loop
 disback      configuration -> path, and target on it      degradation   stage 1: the teacher learns the student
 nodes        a path on disk: nodes, manifest              mismatch      a score's distance to a student's own

@@ -7,12 +7,10 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from distill.methods import Degradation, DiscriminatorChoice, DivergenceChoice, Real, StudentNoise, TargetChoice
 from distill.sections import (
     Count,
     Data,
-    Degradation,
-    DiscriminatorChoice,
-    DivergenceChoice,
     EncodedImages,
     Fake,
     Fraction,
@@ -24,13 +22,10 @@ from distill.sections import (
     Optimizer,
     Positive,
     Prompts,
-    Real,
     Scale,
     Section,
     Seed,
     Student,
-    StudentNoise,
-    TargetChoice,
     TeacherSource,
     Toy,
     ToyName,

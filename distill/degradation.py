@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from distill.losses import denoising_loss
+from distill.methods import Degradation
 from distill.noise import Share
 from distill.optim import Update
-from distill.sections import Degradation
 from distill.student import Student
 from distill.targets import score_difference
 from samplers import Denoiser, SampleNoise

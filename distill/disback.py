@@ -21,13 +21,13 @@ from distill.config import FirstStage, Train
 from distill.degradation import Degrader, Plateau, Probe, Recording, choose, mismatches, probe
 from distill.launch import launched
 from distill.lora import shared_copy
+from distill.methods import Degradation
 from distill.mismatch import SAMPLES, score_mismatch
 from distill.nodes import MANIFEST, DegradationPath, Node, Weights, load_own, write_node
 from distill.noise import DEGRADATION, MISMATCH, PROBE, Share, log_normal_level
 from distill.optim import prepare
 from distill.progress import Progress, is_first
 from distill.run import Run, completed, differences, drive, read_record
-from distill.sections import Degradation
 from distill.subject import Subject, checked_subject, sampled
 from distill.targets import Backtracking, Fixed, Target, walk_of
 from samplers import Denoiser, SampleNoise

@@ -60,24 +60,22 @@ def read_facts(folder: Path) -> dict[str, Any]:
     file = folder / FACTS
     if not file.is_file():
         return {}
-    try:
-        facts = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file}: is not JSON ({error})") from error
-    if not isinstance(facts, dict):
-        raise ValueError(f"{file}: holds no keys")
-    return facts
+    return _keys(file, f"{file}:")
 
 
 def index_of(folder: Path) -> dict[str, Any]:
     """The model_index.json of a pipeline folder. Raises ValueError for one that is no object of JSON."""
+    return _keys(folder / "model_index.json", f"{folder}: its model_index.json")
+
+
+def _keys(file: Path, called: str) -> dict[str, Any]:
     try:
-        index = json.loads((folder / "model_index.json").read_text())
+        content = json.loads(file.read_text())
     except ValueError as error:
-        raise ValueError(f"{folder}: its model_index.json is not JSON ({error})") from error
-    if not isinstance(index, dict):
-        raise ValueError(f"{folder}: its model_index.json holds no keys")
-    return index
+        raise ValueError(f"{called} is not JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{called} holds no keys")
+    return content
 
 
 def pixel_classes(folder: Path) -> tuple[str, str]:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distill.sections import LogNormal, StudentNoise
+from distill.methods import StudentNoise
+from distill.sections import LogNormal
 from samplers import SampleNoise
 from samplers.schedules import karras_sigma
 

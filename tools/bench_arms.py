@@ -27,11 +27,12 @@ from distill.divergences import DIVERGENCES
 from distill.export import teacher_scheduler
 from distill.losses import adversarial_loss, denoising_loss, discriminator_loss, matching_weight
 from distill.losses import distribution_matching_loss as matching_loss
+from distill.methods import StudentNoise
 from distill.noise import Share, karras_level, log_normal_level
 from distill.optim import Update, adamw
 from distill.pretrain import build_unet
 from distill.real import RealImages
-from distill.sections import LogNormal, Network, StudentNoise
+from distill.sections import LogNormal, Network
 from distill.sections import Optimizer as OptimizerConfig
 from distill.student import OneStep
 from distill.taps import Tap

@@ -26,11 +26,12 @@ from distill.average import Average
 from distill.data import digits
 from distill.degradation import Degrader, Plateau, Recording, choose, mismatches, probe
 from distill.losses import denoising_loss
+from distill.methods import Degradation
 from distill.mismatch import score_mismatch
 from distill.nodes import Weights
 from distill.noise import PROBE, log_normal_level
 from distill.optim import Update, adamw, learning_rate, student_rate
-from distill.sections import Degradation, LogNormal, Optimizer
+from distill.sections import LogNormal, Optimizer
 from distill.student import OneStep
 from distill.targets import Backtracking, Fixed, Target, walk_of
 from distill.trainer import Trainer, train, unweighted

@@ -25,10 +25,11 @@ from distill.adversary import FakeHeads
 from distill.average import Average
 from distill.discriminator import Discriminator
 from distill.divergences import DIVERGENCES
+from distill.methods import StudentNoise
 from distill.noise import karras_level, log_normal_level
 from distill.optim import Update, adamw, learning_rate, student_rate
 from distill.real import RealMixture
-from distill.sections import LogNormal, Optimizer, StudentNoise, Toy
+from distill.sections import LogNormal, Optimizer, Toy
 from distill.student import OneStep
 from distill.taps import Tap
 from distill.targets import Fixed

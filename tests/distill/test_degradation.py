@@ -10,10 +10,11 @@ from torch import Tensor
 
 from distill.degradation import Degrader, Plateau, Probe, choose, is_candidate, mismatches, probe
 from distill.losses import denoising_loss
+from distill.methods import Degradation
 from distill.mismatch import score_mismatch
 from distill.noise import MISMATCH, PROBE, Share, log_normal_level
 from distill.optim import Update
-from distill.sections import Degradation, LogNormal
+from distill.sections import LogNormal
 from distill.student import OneStep
 from distill.toy import SIGMA_MAX, SIGMA_MIN, AffineStudent, denoiser
 from distill.trainer import train

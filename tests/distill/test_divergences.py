@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from distill.divergences import DIVERGENCES, FDivergence, alpha, named
-from distill.sections import DivergenceChoice, DivergenceName
+from distill.methods import DivergenceChoice, DivergenceName
 from tests.truth import relative_error
 
 EXPONENTS = [-2.0, -1.0, -0.3, 0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0]

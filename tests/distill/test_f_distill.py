@@ -13,7 +13,7 @@ from torch import nn
 from distill import checkpoint
 from distill.divergences import DIVERGENCES
 from distill.generate import load_generator
-from distill.sections import DivergenceName
+from distill.methods import DivergenceName
 from distill.taps import Tap
 from tests.distill.command import distill
 from tests.distill.runs import assert_refused, assert_same, entries, kill_somewhere, launch, lines

@@ -21,9 +21,10 @@ from distill.adversary import FakeHeads, ScoreOnly, TeacherHeads
 from distill.average import Average
 from distill.discriminator import Discriminator
 from distill.divergences import DIVERGENCES
+from distill.methods import StudentNoise
 from distill.noise import Share, karras_level, log_normal_level
 from distill.optim import Update, adamw
-from distill.sections import LogNormal, Optimizer, StudentNoise
+from distill.sections import LogNormal, Optimizer
 from distill.student import Student
 from distill.taps import Tap
 from distill.targets import Backtracking, ScoreInterpolation

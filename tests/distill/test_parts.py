@@ -14,11 +14,12 @@ from torch import nn
 import distill
 from distill.average import Average
 from distill.data import Images
+from distill.methods import StudentNoise
 from distill.noise import Share, check_log_normal, check_range, karras_level, log_normal_level
 from distill.optim import Update, adamw, learning_rate, student_rate
 from distill.pictures import save_curves, save_grid, side_by_side, to_uint8
 from distill.pretrain import Pretrainer
-from distill.sections import LogNormal, Optimizer, StudentNoise
+from distill.sections import LogNormal, Optimizer
 from distill.student import OneStep
 from samplers import GaussianMixture, karras_sigmas
 
