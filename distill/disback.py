@@ -64,7 +64,7 @@ def degrade(
     share = Share(
         stage.seed, stage.batch_size, accelerator.process_index, accelerator.num_processes, stream=DEGRADATION
     )
-    teacher = {key: tensor.detach().clone() for key, tensor in sharding.state(subject.fake).items()}
+    teacher = _start_of(subject)
     run = Run(stage, resume, accelerator)
     student = subject.as_student(subject.student.to(accelerator.device).requires_grad_(False))
     denoiser, update = prepare(accelerator, subject.fake, stage.degradation.optimizer, stage.degradation.steps)
@@ -189,8 +189,7 @@ def target(config: Train, subject: Subject, path: DegradationPath | None, accele
     if path is None:
         return Fixed(subject.target)
     choice, device = config.target, accelerator.device
-    # What differences were taken to: the teacher, or of an exact one the untrained network that learned in its place.
-    teacher = {key: tensor.detach().cpu().clone() for key, tensor in sharding.state(subject.fake).items()}
+    teacher = _start_of(subject)
     for k in sorted({1, len(path)}):
         last = path.weights(k, teacher)
         if all(bool((last[key] == teacher[key].cpu()).all()) for key in last):
@@ -206,6 +205,17 @@ def target(config: Train, subject: Subject, path: DegradationPath | None, accele
     stages = (len(path) - 1 if choice.name == "nodes" else choice.stages) if adaptive else None
     average = partial(accelerator.reduce, reduction="mean")
     return Backtracking(walk, subject.target, choice.updates, stages, average=average, device=device)
+
+
+def _start_of(subject: Subject) -> Weights:
+    """What differences of a path are taken to: the teacher, or of an exact one the untrained network that learns in its
+    place. The frozen teacher's own tensors where it is held in the precision that is trained; copies otherwise."""
+    held = {} if subject.network is None else subject.network.state_dict()
+    start = sharding.state(subject.fake)
+    return {
+        key: held[key] if key in held and held[key].dtype == tensor.dtype else tensor.detach().cpu().clone()
+        for key, tensor in start.items()
+    }
 
 
 def _frozen(network: torch.nn.Module, subject: Subject) -> Any:

@@ -30,6 +30,7 @@ from distill.targets import Fixed
 from distill.trainer import Trainer
 from samplers import NetworkDenoiser
 from samplers.adapters import coordinates_of
+from samplers.prompts import PIPELINES
 from tools.bench_arms import RATES, Arm
 from tools.bench_cost import peak_bytes
 
@@ -103,10 +104,13 @@ def save(name: str, folder: Path) -> Path:
 def configuration(folder: Path, rank: int | None, checkpointing: bool) -> Train:
     """The run that is measured and planned."""
     lora = {"rank": rank}
-    size = {"height": 128, "width": 128} if "Flux" in (folder / "model_index.json").read_text() else {}
+    pipeline = json.loads((folder / "model_index.json").read_text())["_class_name"]
+    prompts: dict[str, Any] = {"height": 128, "width": 128} if pipeline == "FluxPipeline" else {}
+    if PIPELINES.get(pipeline) and PIPELINES[pipeline].embeddings:
+        prompts["encoded"] = str(folder / "encoded")  # a plan does not need them
     return Train.model_validate({
         "run": "unused", "teacher": {"path": str(folder)}, "student": {"sigma_init": None, "lora": lora},
-        "fake": {"lora": lora}, "memory": {"checkpointing": checkpointing}, "batch_size": BATCH, "prompts": size,
+        "fake": {"lora": lora}, "memory": {"checkpointing": checkpointing}, "batch_size": BATCH, "prompts": prompts,
     })  # fmt: skip
 
 
