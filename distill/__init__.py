@@ -24,8 +24,8 @@ noise        samples of a process, noise levels           optim         one netw
 checkpoint   resumable, safetensors (atomic: files)       export        students as diffusers folders (card: cards)
 stock        noise levels that a stock pipeline takes     student_run   a run's student, read from its folder
 recipe       what a folder would make images by           generate      images by a recipe
-prompts      images from pipelines of latents             pictures      grids and curves
-gaussian     a Gaussian of data or latents, streaming     latents       a pipeline's VAE, inverted
+latents      pipelines of latents: sizes, VAE inverted    pictures      grids and curves
+gaussian     a Gaussian of data or latents, streaming
 """
 
 import importlib
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     )
     from distill.mismatch import score_mismatch
     from distill.nodes import DegradationPath
-    from distill.student import OneStep
+    from distill.student import OneStep, Student
     from distill.taps import Tap
     from distill.targets import Backtracking, Fixed, Nodes, ScoreInterpolation, WeightInterpolation
     from distill.teacher import Teacher
@@ -69,6 +69,7 @@ _HOME = {
     "OneStep": "student",
     "RatioWeight": "weights",
     "ScoreInterpolation": "targets",
+    "Student": "student",
     "Tap": "taps",
     "Teacher": "teacher",
     "TeacherHeads": "adversary",
@@ -103,6 +104,7 @@ __all__ = [
     "OneStep",
     "RatioWeight",
     "ScoreInterpolation",
+    "Student",
     "Tap",
     "Teacher",
     "TeacherHeads",

@@ -117,7 +117,7 @@ def _encoder(config: Train, networks: Networks, rows: int) -> dict[str, Pass]:
     of_teacher = config.discriminator.features == "teacher"
     skeleton, tap = (networks.teacher if of_teacher else networks.fake), networks.tap
     network, r1 = skeleton.network, config.discriminator.r1
-    frozen = [p for p in network.parameters() if p.requires_grad]
+    trained = [p for p in network.parameters() if p.requires_grad]
 
     def read(n: int, graph: str) -> Pass:
         call, inputs = skeleton.call(n)
@@ -134,7 +134,7 @@ def _encoder(config: Train, networks: Networks, rows: int) -> dict[str, Pass]:
 
     if not of_teacher:
         found = {"forward": read(rows, "none"), "learn": read(rows, "weights")}
-        for p in frozen:
+        for p in trained:
             p.requires_grad_(False)
     else:
         moved = 1 if r1 and config.discriminator.r1_form == "difference" else 0
@@ -142,7 +142,7 @@ def _encoder(config: Train, networks: Networks, rows: int) -> dict[str, Pass]:
         found = {"forward": read(rows, "none"), "learn": read((2 + moved) * rows, "twice" if exact else "none")}
     if config.adversarial_weight:
         found["pull"] = read(rows, "pull")
-    for p in frozen:
+    for p in trained:
         p.requires_grad_(True)
     return found
 

@@ -33,7 +33,8 @@ ACCELERATORS = {
 class Hardware:
     """processes: one accelerator each. autocast: the dtype of mixed precision, None is none. sharded: by FSDP.
 
-    parts: that a process computes its batch in. accelerator: a name in `ACCELERATORS`.
+    parts: that a process computes its batch in. accelerator: a name in `ACCELERATORS`. own: the bytes of the one that
+    is here and not in that table, which is taken to be as fast as `accelerator`.
     """
 
     processes: int = 1
@@ -41,17 +42,20 @@ class Hardware:
     sharded: bool = False
     parts: int = 1
     accelerator: str = "H100"
+    own: float | None = None
 
     @classmethod
     def present(cls) -> "Hardware":
         """Of this process, as accelerate's launcher says in its environment; of the accelerator that is here."""
         told = os.environ.get
+        known, own = _here()
         return cls(
             int(told("WORLD_SIZE", "1")),
             _PRECISIONS.get(told("ACCELERATE_MIXED_PRECISION", "no")),
             told("ACCELERATE_USE_FSDP", "false").lower() == "true",
             int(told("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")),
-            _here() or "H100",
+            known,
+            own,
         )
 
     @classmethod
@@ -71,7 +75,7 @@ class Hardware:
     @property
     def memory(self) -> float:
         """Bytes of one accelerator."""
-        return ACCELERATORS[self.accelerator].memory
+        return ACCELERATORS[self.accelerator].memory if self.own is None else self.own
 
     @property
     def speed(self) -> float:
@@ -82,12 +86,15 @@ class Hardware:
     def __str__(self) -> str:
         precision = "float32" if self.autocast is None else f"{str(self.autocast).removeprefix('torch.')} autocast"
         sharded = ", sharded (FSDP)" if self.sharded else ""
-        return f"{self.processes} x {self.accelerator}, {precision}{sharded}"
+        alike = "" if self.own is None else f"{self.own / 1e9:.0f} GB, as fast as "
+        return f"{self.processes} x {alike}{self.accelerator}, {precision}{sharded}"
 
 
-def _here() -> str | None:
-    """The accelerator of this machine, if it is one that is known."""
+def _here() -> tuple[str, float | None]:
+    """The accelerator of this machine by its name in `ACCELERATORS`; of one that is not in it the bytes, and another's
+    name, which is also what a machine without any is taken for."""
     if not torch.cuda.is_available():
-        return None
+        return "H100", None
     name = torch.cuda.get_device_name().replace(" ", "").upper()
-    return next((known for known in ACCELERATORS if known.upper() in name), None)
+    known = next((known for known in ACCELERATORS if known.upper() in name), None)
+    return (known, None) if known else ("H100", float(torch.cuda.get_device_properties().total_memory))

@@ -1,4 +1,4 @@
-"""Images as a latent pipeline's denoiser meets them: encoded by its VAE, shifted and scaled.
+"""Pipelines of latents: what their small files tell, and images as their denoisers meet them, by the VAE inverted.
 
 Pipelines decode z = latents / scaling_factor + shift_factor (none is 0), and those of Stable Diffusion XL, where the
 VAE has them, z = latents * latents_std / scaling_factor + latents_mean; here is the inverse of each.
@@ -12,10 +12,14 @@ import torch
 from torch import Tensor
 
 from distill.folders import pipeline_folder, read_model
-from samplers import SampleNoise
+from samplers import SampleNoise, flow_sigmas, karras_sigmas
+from samplers.adapters import Coordinates, FlowMatching, coordinates_of
+from samplers.network_call import PACKED
+from samplers.prompts import PIPELINES
 
-_UNSHIFTED = ("StableDiffusion", "DiT", "PixArt")  # the pipelines of these names decode without a shift ...
-_SHIFTED = ("StableDiffusion3",)  # ... except these
+PROMPTED = {name: kind.network for name, kind in PIPELINES.items() if name not in ("DDIMPipeline", "DDPMPipeline")}
+
+UNSIZED = 128  # the latents' height and width where the network does not say: Flux
 
 
 class Encoder:
@@ -74,9 +78,9 @@ def _affine(config: Any, pipeline_class: str) -> tuple[Tensor, Tensor]:
     """Shift and scale with latents = (z - shift) * scale, each [] or [1, c, 1, 1], float32."""
     mean, std, shift = (config.get(name) for name in ("latents_mean", "latents_std", "shift_factor"))
     centred = mean is not None and std is not None
-    unshifted = pipeline_class.startswith(_UNSHIFTED) and not pipeline_class.startswith(_SHIFTED)
+    shifted = _is_shifted(pipeline_class)
     for name, has, applied in (
-        ("shift_factor", bool(shift), not unshifted),
+        ("shift_factor", bool(shift), shifted),
         ("latents_mean and latents_std", centred, pipeline_class.startswith("StableDiffusionXL")),
     ):
         if has and not applied:
@@ -85,3 +89,30 @@ def _affine(config: Any, pipeline_class: str) -> tuple[Tensor, Tensor]:
         centre, spread = (torch.tensor(v, dtype=torch.float32).reshape(1, -1, 1, 1) for v in (mean, std))
         return centre, config.scaling_factor / spread
     return torch.tensor(float(shift or 0)), torch.tensor(float(config.scaling_factor))
+
+
+def _is_shifted(pipeline_class: str) -> bool:
+    """Whether a pipeline decodes with a shift: as the supported one that its name begins as; an unknown one does."""
+    alike = [name for name in PIPELINES if pipeline_class.startswith(name.removesuffix("Pipeline"))]
+    return not alike or PIPELINES[max(alike, key=len)].shifted
+
+
+def prompt_schedule(scheduler: Any, steps: int) -> Tensor:
+    """Noise levels [steps + 1] for a scheduler's network: Karras', or evenly in flow time with its shift."""
+    shift = scheduler.config.get("shift") or scheduler.config.get("flow_shift") or 1.0
+    return schedule(coordinates_of(scheduler), steps, shift)
+
+
+def schedule(coordinates: Coordinates, steps: int, shift: float = 3.0) -> Tensor:
+    """Noise levels [steps + 1]: Karras', or, for a network of flow time, even in it with a shift."""
+    if isinstance(coordinates, FlowMatching):
+        return flow_sigmas(steps, coordinates.sigma_max, shift)
+    return karras_sigmas(steps, coordinates.sigma_min, coordinates.sigma_max)
+
+
+def picture_shape(network: dict[str, Any], vae: dict[str, Any]) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """The shapes [c, h, w] of latents and [C, H, W] of pictures, by the configurations of a network and a VAE."""
+    size, factor = network.get("sample_size") or UNSIZED, 2 ** (len(vae["block_out_channels"]) - 1)
+    h, w = size if isinstance(size, list) else (size, size)
+    channels = network["in_channels"] // (4 if network.get("_class_name") in PACKED else 1)
+    return (channels, h, w), (vae["out_channels"], h * factor, w * factor)

@@ -109,7 +109,7 @@ def _needs(config: Train, networks: Networks, hardware: Hardware) -> list[str]:
     lines.append(f"memory of a process: {gib:.2f} GiB, which {verdict} into {limit:.1f} GiB{advice}")
     if networks.teacher.encoders:
         words = sum(networks.teacher.encoders.values()) * 4
-        lines.append(f"  before it begins, text encoders: {_size(words)} in float32 on the CPU, unless prompts.encoded")
+        lines.append(f"  before they are there, text encoders: {_size(words)} in float32 (none with prompts.encoded)")
     return [*lines, *_time(config, needed, hardware)]
 
 

@@ -21,10 +21,10 @@ from distill.config import Train
 from distill.data import Images
 from distill.encoded import LATENTS, MANIFEST, Encoded, encoder_facts
 from distill.folders import FACTS, network_part, pipeline_folder
+from distill.latents import schedule
 from distill.methods import Real
 from distill.noise import TEACHER_SAMPLES
 from distill.progress import Progress
-from distill.prompts import schedule
 from distill.subject import Subject
 from samplers import SOLVERS, GaussianMixture, SampleNoise, sample
 from samplers.atomic import atomic_write

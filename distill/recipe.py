@@ -17,7 +17,7 @@ from torch import Tensor
 from distill.captions import read_prompts
 from distill.export import is_plain_safetensors
 from distill.folders import FACTS, SUPPORTED, UNUSED, class_count, pipeline_folder, read_facts
-from distill.prompts import PROMPTED, picture_shape, prompt_schedule
+from distill.latents import PROMPTED, picture_shape, prompt_schedule
 from distill.run import read_record
 from distill.stock import CONSISTENCY, PIXELS, Steps, student_steps
 from distill.student_run import StudentRun, is_checkpoint

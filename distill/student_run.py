@@ -111,7 +111,7 @@ class StudentRun:
         try:
             folder = pipeline_folder(given or str(self.config.teacher.path))
         except ValueError as error:
-            hint = "" if given else "; --base names it where it is now"
+            hint = "" if given else "; `distill export --base` names it where it is now"
             raise ValueError(f"{error} (of the teacher's pipeline, which is needed besides{hint})") from error
         index = index_of(folder)
         if index.get("_class_name") != self.index["_class_name"]:

@@ -36,16 +36,40 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """Yield an empty folder that takes the place of `folder` when the block ends without an exception.
 
+    An older folder of that name stays whole until then; what killed processes left beside it is removed after that.
     Raises OSError where safetensors could not be written.
     """
-    draft = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    draft, old = (folder.with_name(f".{folder.name}.{kind}.{os.getpid()}.tmp") for kind in ("new", "old"))
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
     try:
         yield draft
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():
+            folder.replace(old)
         draft.replace(folder)
+        _clear(folder)
     except SafetensorError as error:
         raise OSError(f"{folder}: cannot be written ({error})") from error
     finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        if old.exists() and not folder.exists():
+            old.replace(folder)
+        for spare in (draft, old):
+            shutil.rmtree(spare, ignore_errors=True)
+
+
+def _clear(folder: Path) -> None:
+    """Removes drafts of a folder whose processes are gone."""
+    for entry in folder.parent.iterdir():
+        start, _, process = entry.name.removesuffix(".tmp").rpartition(".")
+        if start in (f".{folder.name}.new", f".{folder.name}.old") and process.isdigit() and not _runs(int(process)):
+            shutil.rmtree(entry, ignore_errors=True)
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -124,7 +124,7 @@ def test_the_parts_of_the_base_are_copied(tmp_path: Path) -> None:
 def test_a_base_that_is_not_the_teachers_is_refused(tmp_path: Path) -> None:
     save_run("sd15", tmp_path, rank=2)
     (tmp_path / "teacher").rename(tmp_path / "moved")
-    with pytest.raises(ValueError, match=r"--base names it where it is now"):
+    with pytest.raises(ValueError, match=r"`distill export --base` names it where it is now"):
         export_student(tmp_path / "run", tmp_path / "exported")
     families.save("sd21", tmp_path / "sd21")
     with pytest.raises(ValueError, match=r"--base: .*sd21/unet is not the network of the teacher"):

@@ -20,6 +20,7 @@ from torch import Tensor
 from distill import data
 from distill.config import FitGaussian
 from distill.gaussian import Fit, describe
+from distill.latents import Encoder
 from distill.noise import LATENTS
 from samplers import SampleNoise
 from samplers.bound import KEPT_NUMBERS, Bound, kept_count
@@ -229,6 +230,30 @@ def test_latents_are_what_the_stock_pipeline_decodes(tmp_path: Path, pipeline_cl
     assert facts["vae"]["shift_factor"] == changes.get("shift_factor")
     assert facts["vae"]["class"] == "AutoencoderKL"
     assert [len(digest) for digest in facts["vae"]["sha256"].values()] == [64, 64, 64]  # single and both halves
+
+
+@pytest.mark.parametrize(
+    ("pipeline_class", "shifted"),
+    [
+        ("StableDiffusionInpaintPipeline", False),
+        ("StableDiffusionXLInpaintPipeline", False),
+        ("PixArtSigmaPAGPipeline", False),
+        ("StableDiffusion3Img2ImgPipeline", True),
+        ("FluxFillPipeline", True),
+        ("SomeLaterPipeline", True),
+    ],
+)
+def test_a_pipeline_shifts_its_latents_as_the_one_that_its_name_begins_as(
+    tmp_path: Path, pipeline_class: str, shifted: bool
+) -> None:
+    vae = save_vae(tmp_path / "pipe", shift_factor=0.5)
+    if shifted:
+        latents = Encoder(vae, pipeline_class)(torch.zeros(1, 3, 8, 8), SampleNoise(0, [0]))
+        plain = Encoder(save_vae(tmp_path / "plain"), pipeline_class)(torch.zeros(1, 3, 8, 8), SampleNoise(0, [0]))
+        torch.testing.assert_close(plain - latents, torch.full_like(latents, 0.5 * 0.18215))
+    else:
+        with pytest.raises(ValueError, match=f"its VAE has shift_factor, which a {pipeline_class} does not apply"):
+            Encoder(vae, pipeline_class)
 
 
 def test_the_seed_of_latents_matters_and_the_batches_do_not(tmp_path: Path) -> None:

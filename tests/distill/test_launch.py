@@ -1,6 +1,5 @@
 """What a launcher may ask for: bfloat16, compiled networks; refused where it is not supported or not here."""
 
-from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from distill.config import Teach, Train
@@ -17,15 +16,7 @@ from tests.distill.runs import FSDP, launch
 from tests.distill.sharded_ranks import Learner
 from tests.distill.tiny import TEACH, TRAIN, write_config
 
-
-@pytest.fixture(autouse=True)
-def _own_state() -> Iterator[None]:
-    """accelerate keeps one state a process."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 def train(**changes: Any) -> Train:

@@ -184,6 +184,14 @@ def test_hardware_is_what_the_launcher_says(monkeypatch: pytest.MonkeyPatch) -> 
     assert Hardware.parse("2xh100,bf16").speed == pytest.approx(0.35 * 2 * 989e12)
 
 
+def test_a_gpu_that_is_not_in_the_table_has_its_own_memory() -> None:
+    """Its speed is another's, and the plan says so."""
+    found = Hardware(2, torch.bfloat16, own=24e9)
+    assert found.memory == 24e9
+    assert found.speed == Hardware(2, torch.bfloat16).speed
+    assert str(found) == "2 x 24 GB, as fast as H100, bfloat16 autocast"
+
+
 @pytest.mark.slow
 def test_the_command_plans_for_hardware_that_is_not_here(place: Path) -> None:
     from tests.distill.command import distill

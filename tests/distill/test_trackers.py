@@ -2,14 +2,12 @@
 
 import copy
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from accelerate.tracking import GeneralTracker
 from safetensors.torch import load_file
 from torch import Tensor
@@ -20,15 +18,7 @@ from distill.run import Run, drive
 from tests.distill.command import distill
 from tests.distill.tiny import TRAIN, save_teacher, unet, write_config
 
-
-@pytest.fixture(autouse=True)
-def _own_state() -> Iterator[None]:
-    """accelerate keeps one state a process."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 class Notebook(GeneralTracker):
