@@ -186,7 +186,7 @@ def _settings(student: StudentRun) -> dict[str, str]:
         guidance += " between noise levels {:g} and {:g}".format(*teacher.guidance_interval)
     if teacher.negative_prompt:
         guidance += f", away from {teacher.negative_prompt!r}"
-    real = {"none": "none", "data": "images", "teacher": "samples of the teacher"}[config.real.name]
+    real = {"none": "none", "data": "images", "encoded": "latents of images", "teacher": "samples of the teacher"}
     rows = {
         "Updates of the student": f"{_step(student)} of {config.steps}, of {config.batch_size} samples",
         "Updates of the fake score for each": str(config.fake.steps),
@@ -195,7 +195,7 @@ def _settings(student: StudentRun) -> dict[str, str]:
         "Average of the weights": f"decay {config.student.ema:g}; it is what is here",
         "Teacher's guidance": guidance,
         "Target": config.target.name,
-        "Real samples": real,
+        "Real samples": real[config.real.name],
         "Weighting": config.noise.weighting,
         "Seed": str(config.seed),
     }

@@ -69,8 +69,9 @@ def size_of(name: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl", "pixart", "sd3", "sd3-no-t5", "flux"])
 def test_captioned_pictures_are_the_real_beside_their_words(name: str, tmp_path: Path) -> None:
-    """Without the text encoders, which are not read any more."""
+    """Without the text encoders, which are not read any more; the export has them of a whole teacher."""
     place = captioned(name, tmp_path)
+    shutil.copytree(place / "teacher", place / "whole")
     rows = encode(place, *IMAGES)
     assert len(rows) == 4
     assert rows.shape == (4, 8, 8)
@@ -79,6 +80,9 @@ def test_captioned_pictures_are_the_real_beside_their_words(name: str, tmp_path:
     logged = run(place, real=REAL, prompts=size_of(name))
     assert len(logged) == 3
     assert len({line["discriminator_loss"] for line in logged}) == 3
+    exported = distill("export", "student", "exported", "--base", "whole", cwd=place)
+    assert exported.code == 0, exported.err
+    assert "| Real samples | latents of images |" in (place / "exported/README.md").read_text()
 
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl", "pixart", "sd3", "flux"])
