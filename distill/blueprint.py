@@ -14,7 +14,6 @@ from distill.hardware import Hardware
 from distill.noise import check_log_normal
 from distill.skeleton import META, Skeleton, check_weights, read_skeleton
 from distill.source import read_prompts_of
-from distill.stock import Steps, student_steps
 from distill.subject import Subject, subject_of
 from distill.taps import Tap
 from distill.teacher import Teacher, check_words
@@ -23,12 +22,11 @@ from samplers.prompts import PIPELINES
 
 @dataclass(frozen=True)
 class Blueprint:
-    """The networks of a run; what it distils, with which nothing can be computed; the student's steps; their levels."""
+    """The networks of a run; what it distils, with which nothing can be computed; the range of its noise levels."""
 
     networks: Networks
     teacher: Teacher
     subject: Subject
-    steps: Steps
     levels: tuple[float, float]
 
 
@@ -39,15 +37,6 @@ def blueprint(config: Train, hardware: Hardware) -> Blueprint:
     kind = PIPELINES[skeleton.kind].network if skeleton.kind in PIPELINES else "unet"
     check_weights(skeleton.network, folder / kind)
     teacher = _teacher(config, skeleton)
-    steps = student_steps(
-        skeleton.scheduler,
-        teacher.denoiser.coordinates,
-        type(teacher.pipe).__name__ if teacher.pipe is not None else "",
-        config.student.sigma_init,
-        config.student.steps,
-        skeleton.network.config,
-        config.teacher.guidance_embedding,
-    )
     subject = subject_of(config, teacher, None, META, "no" if hardware.autocast is None else "bf16")
     low, high = subject.range(config.noise.sigma_min, config.noise.sigma_max)
     check_log_normal("fake.noise", config.fake.noise, low, high)
@@ -56,13 +45,13 @@ def blueprint(config: Train, hardware: Hardware) -> Blueprint:
     if config.fake.lora == config.student.lora:
         fake = student  # alike in all that is asked of it
     if config.real.name == "none":
-        return Blueprint(Networks(skeleton, student, fake), teacher, subject, steps, (low, high))
+        return Blueprint(Networks(skeleton, student, fake), teacher, subject, (low, high))
     read = skeleton if config.discriminator.features == "teacher" else fake
     tap = Tap(read.network, config.discriminator.levels)
     with META, torch.no_grad():
         features = [f.float() for f in tap.encode(read.call(1)[0])]
         heads = Discriminator(features, ratios=2 if config.target.ratio == "bridge" else 1)
-    return Blueprint(Networks(skeleton, student, fake, heads, tap), teacher, subject, steps, (low, high))
+    return Blueprint(Networks(skeleton, student, fake, heads, tap), teacher, subject, (low, high))
 
 
 def _teacher(config: Train, skeleton: Skeleton) -> Teacher:

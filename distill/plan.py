@@ -65,7 +65,8 @@ def _toy(config: Train) -> list[str]:
 
 def _of_pipeline(config: Train, built: Blueprint) -> list[str]:
     """The networks, and the levels that they would see."""
-    networks, teacher, steps = built.networks, built.teacher, built.steps
+    networks, teacher, steps = built.networks, built.teacher, built.subject.steps
+    assert steps is not None, "a pipeline's student has some"
     lines = [_shape(teacher.shape, *built.levels)]
     if config.real.name == "data":
         path = config.real.data.path

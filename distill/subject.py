@@ -17,7 +17,7 @@ from distill.nodes import fingerprint
 from distill.noise import GENERATION, check_log_normal, check_range
 from distill.sections import Lora
 from distill.source import frozen_dtype, load_teacher
-from distill.stock import student_steps
+from distill.stock import Steps, student_steps
 from distill.student import Student
 from distill.teacher import Teacher
 from samplers import Denoiser, GaussianMixture, NetworkDenoiser, SampleNoise, heun, karras_sigmas, sample
@@ -42,7 +42,8 @@ class Subject:
     preview(generate, path): draws what generate(z, cond, noise) makes of standard normal z [N, ...]; path None: takes
     part and draws nothing. mixture: what a toy is. rows: real latents with their prompts or classes. latent: whether a
     VAE decodes samples. prints: fingerprints of what a degradation path is made from, where there is one. usual: the
-    noise levels that are trained at if nobody says; None is all. classes: labels by name.
+    noise levels that are trained at if nobody says; None is all. classes: labels by name. steps: the student's, with
+    the stock pipeline that takes them; None of a toy.
     """
 
     target: Denoiser
@@ -63,6 +64,7 @@ class Subject:
     prints: dict[str, str] = field(default_factory=dict)
     usual: tuple[float, float] | None = None
     classes: dict[str, int] = field(default_factory=dict)
+    steps: Steps | None = None
 
     def range(self, low: float | None, high: float | None) -> tuple[float, float]:
         """A configured range of noise levels, its open ends filled. Raises ValueError for one outside the teacher's."""
@@ -151,6 +153,7 @@ def subject_of(
         prints=prints,
         usual=_usual_range(teacher.denoiser),
         classes=teacher.classes,
+        steps=steps,
     )
 
 
