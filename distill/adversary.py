@@ -226,7 +226,7 @@ class TeacherHeads(_Heads):
     def learn(
         self, denoising: Denoising, x0: Tensor, sigma: Tensor, cond: Any, noise: SampleNoise, metrics: Metrics
     ) -> Iterator[Tensor]:
-        level = self.level(noise.uniform()).to(x0.device)
+        level = self.level(noise.uniform()).to(x0.device, non_blocking=True)
         fake = x0 + expand(level, x0) * noise.normal(x0.shape[1:], x0.dtype, x0.device)
         real = self._real(level, cond, noise)
         with frozen(self.network), torch.set_grad_enabled(real[0].requires_grad):

@@ -9,12 +9,12 @@ import torch
 from distill.budget import Networks
 from distill.config import Train
 from distill.discriminator import Discriminator
+from distill.encoded import Encoded
 from distill.folders import pipeline_folder, read_facts
 from distill.hardware import Hardware
-from distill.noise import check_log_normal
 from distill.skeleton import META, Skeleton, check_weights, read_skeleton
-from distill.source import read_prompts_of
-from distill.subject import Subject, subject_of
+from distill.source import null_of, read_prompts_of
+from distill.subject import Subject, check_fit, subject_of
 from distill.taps import Tap
 from distill.teacher import Teacher, check_words
 from samplers.prompts import PIPELINES
@@ -36,10 +36,11 @@ def blueprint(config: Train, hardware: Hardware) -> Blueprint:
     skeleton = read_skeleton(folder, torch.float32, config.prompts.height, config.prompts.width)
     kind = PIPELINES[skeleton.kind].network if skeleton.kind in PIPELINES else "unet"
     check_weights(skeleton.network, folder / kind)
-    teacher = _teacher(config, skeleton)
-    subject = subject_of(config, teacher, None, META, "no" if hardware.autocast is None else "bf16")
-    low, high = subject.range(config.noise.sigma_min, config.noise.sigma_max)
-    check_log_normal("fake.noise", config.fake.noise, low, high)
+    rows, words = _prompts(config)
+    teacher = _teacher(config, skeleton, rows)
+    subject = subject_of(config, teacher, rows, META, "no" if hardware.autocast is None else "bf16")
+    prompts = words if rows is None or not rows.embeddings else rows
+    low, high = check_fit(config, subject, subject.n_conditions if prompts is None else len(prompts))
     trained: Any = subject.student
     student, fake = (replace(skeleton, network=part.network) for part in (trained, subject.fake))
     if config.fake.lora == config.student.lora:
@@ -54,14 +55,22 @@ def blueprint(config: Train, hardware: Hardware) -> Blueprint:
     return Blueprint(Networks(skeleton, student, fake, heads, tap), teacher, subject, (low, high))
 
 
-def _teacher(config: Train, skeleton: Skeleton) -> Teacher:
+def _prompts(config: Train) -> tuple[Encoded | None, tuple[str, ...] | None]:
+    """The rows or words of a run, as far as they are here."""
+    prompts = config.prompt_source
+    if all(Path(path).exists() for path in (prompts.file, prompts.encoded) if path is not None):
+        return read_prompts_of(config)
+    return None, None
+
+
+def _teacher(config: Train, skeleton: Skeleton, rows: Encoded | None) -> Teacher:
     """The teacher of a skeleton, with which nothing can be computed.
 
-    Raises ValueError as `distill.source.load_teacher`; prompts and rows that are not here are not asked for.
+    Raises ValueError as `distill.source.load_teacher`; rows: those that are here. Which VAE made them is not looked at.
     """
     source, prompts = config.teacher, config.prompt_source
-    if all(Path(path).exists() for path in (prompts.file, prompts.encoded) if path is not None):
-        read_prompts_of(config)
+    if rows is not None and rows.embeddings:
+        null_of(rows, source.negative_prompt)
     check_words(skeleton.folder, source.negative_prompt, prompts.height, prompts.width)
     if skeleton.pipe is None:
         of = skeleton.folder, skeleton.network, skeleton.scheduler

@@ -1,9 +1,7 @@
 """The model cards (README.md) of exported folders: what was distilled and how, and the exact call that runs it."""
 
 import json
-import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from distill.config import Teach, Train
@@ -13,7 +11,6 @@ from distill.student_run import StudentRun
 from samplers.adapters import FlowMatching
 from samplers.prompts import PIPELINES
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # Their loops give the generator to the first noise only; what is added between steps is torch's global noise.
 _GLOBAL_NOISE = ("DiTPipeline", "FluxPipeline", "StableDiffusion3Pipeline")
 _TEXTS = ("text_encoder", "tokenizer")
@@ -32,6 +29,8 @@ def teacher_card(config: Teach, classes: list[str]) -> str:
     """The card of a teacher."""
     source = "scikit-learn's 8x8 digits (training half)" if config.data.name == "digits" else "a folder of images"
     labels = f"\nClasses, by label: {', '.join(classes)}; label {len(classes)} is the null label.\n" if classes else ""
+    repeated = f" % {len(classes)}" if len(classes) < 10 else ""
+    cond = f", torch.arange(10){repeated}" if classes else ""
     return (
         _header(_task(bool(classes)))
         + f"""# An EDM denoiser
@@ -52,7 +51,7 @@ pipe = ConsistencyModelPipeline.from_pretrained("FOLDER")
 denoiser = denoiser_from(pipe.unet, pipe.scheduler)
 sigmas = karras_sigmas(18, denoiser.sigma_min, denoiser.sigma_max)
 x = sigmas[0] * torch.randn(10, *({config.data.channels}, {config.data.size}, {config.data.size}))
-images = sample(heun, denoiser, x.float(), sigmas{", torch.arange(10)" if classes else ""})  # in [-1, 1]
+images = sample(heun, denoiser, x.float(), sigmas{cond})  # in [-1, 1]
 ```
 """
     )
@@ -76,7 +75,7 @@ def _left_out(index: dict[str, Any]) -> str:
 
 def lora_card(student: StudentRun, file: str) -> str:
     """The card of a student's adapters, which are in `file`."""
-    name, scheduler, base = student.index["_class_name"], type(student.steps.scheduler).__name__, _base(student)
+    name, scheduler, base = student.index["_class_name"], type(student.steps.scheduler).__name__, student.hub_id
     options = _left_out(student.index)
     peft, loading = "", 'pipe.load_lora_weights("FOLDER")'
     if file.startswith("adapter"):
@@ -97,7 +96,7 @@ pipe.scheduler = {scheduler}.from_pretrained("FOLDER", subfolder="scheduler")
 
 
 def _card(student: StudentRun, loading: str) -> str:
-    n, base = len(student.steps), _base(student)
+    n, base = len(student.steps), student.hub_id
     name = "A one-step student" if n == 1 else f"A student of {n} steps"
     task = "text-to-image" if _has_words(student) else _task(_has_labels(student))
     sections = (
@@ -111,15 +110,9 @@ def _card(student: StudentRun, loading: str) -> str:
     return _header(task, base) + "\n\n".join(section for section in sections if section) + "\n"
 
 
-def _base(student: StudentRun) -> str | None:
-    """The hub id of the teacher, where it has one."""
-    path = str(student.config.teacher.path)
-    return path if _HUB_ID.fullmatch(path) and not Path(path).exists() else None
-
-
 def _origin(student: StudentRun) -> str:
     """The teacher, as far as others know it: where it lay on a disk is nobody's business."""
-    base, kind = _base(student), student.index["_class_name"]
+    base, kind = student.hub_id, student.index["_class_name"]
     return f"a `{kind}`" if base is None else f"[{base}](https://huggingface.co/{base}), a `{kind}`"
 
 
@@ -234,10 +227,14 @@ def _evaluation(student: StudentRun) -> str:
     if not results:
         return ""
     judged = {step for step, _ in results if step is not None}
-    told = (None, _step(student) if _step(student) in judged else max(judged, default=None))
+    step = _step(student) if _step(student) in judged else max(judged, default=None)
+    told, other = (None, step), ""
+    if step not in (None, _step(student)):
+        other = f" Rows named by a step are of the average after {step} updates; here is that after {_step(student)}."
     lines = (
         "## Evaluation\n",
-        "By `distill-fid`; in parentheses, intervals of 95 %, around the value without its bias where that is known.\n",
+        "By `distill-fid`; in parentheses, intervals of 95 %, around the value without its bias where that is known."
+        f"{other}\n",
         "| of | features | metric | value | samples |",
         "| --- | --- | --- | --- | --- |",
         *(row for step, row in results if step in told),

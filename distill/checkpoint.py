@@ -81,7 +81,7 @@ def _contents(
 
 def newest(folder: Path) -> Path | None:
     """The newest checkpoint below `folder` that is complete and unharmed; None if there is none."""
-    return next((checkpoint for checkpoint in _folders(folder) if _is_whole(checkpoint)), None)
+    return next((checkpoint for checkpoint in _folders(folder) if is_whole(checkpoint)), None)
 
 
 def load(checkpoint: Path, modules: dict[str, nn.Module], optimizers: dict[str, Optimizer]) -> int:
@@ -118,7 +118,8 @@ def _folders(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*"), reverse=True)
 
 
-def _is_whole(checkpoint: Path) -> bool:
+def is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint is complete and unharmed."""
     try:
         sums = json.loads((checkpoint / "state.json").read_text())["sha256"]
         return all(sha256(checkpoint / name) == value for name, value in sums.items())
@@ -130,7 +131,10 @@ def _read(path: Path, like: dict[str, Tensor] | None = None) -> dict[str, Tensor
     """The tensors of a file; ValueError where it is not there, or its keys and shapes are not those of `like`."""
     if not path.is_file():
         raise ValueError(f"{path}: is not in this checkpoint")
-    tensors = load_file(path)
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: cannot be read ({error})") from error
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     wanted = {key: tuple(tensor.shape) for key, tensor in (tensors if like is None else like).items()}
     wrong = sorted(key for key in shapes.keys() | wanted.keys() if shapes.get(key) != wanted.get(key))

@@ -57,6 +57,8 @@ class Teach(Section):
     def _range(self) -> Self:
         if self.sigma_min >= self.sigma_max:
             raise ValueError(f"sigma_min: {self.sigma_min} is not below sigma_max: {self.sigma_max}")
+        if self.mixture is not None and self.data != Data():
+            raise ValueError(f"mixture: {self.mixture}; is learned from its own samples, accepted is no data")
         return self
 
 
@@ -87,12 +89,13 @@ class Train(Section):
     def _real_samples_where_needed(self) -> Self:
         if self.real.name == "none" and self.adversarial_weight:
             raise ValueError(
-                f"adversarial_weight: {self.adversarial_weight} needs real samples (real.name: data or teacher)"
+                f"adversarial_weight: {self.adversarial_weight} needs real samples (real.name: data, encoded or "
+                "teacher)"
             )
         if self.real.name == "none" and not self.divergence.constant:
             raise ValueError(
                 f"divergence.name: {self.divergence.name} weights by a ratio, whose discriminator needs real samples "
-                "(real.name: data or teacher)"
+                "(real.name: data, encoded or teacher)"
             )
         if self.discriminator.features == "teacher" and self.teacher.exact and self.real.name != "none":
             raise ValueError("discriminator.features: teacher; an exact teacher has no network, accepted is fake")
@@ -145,6 +148,25 @@ class Train(Section):
                 "teacher.dtype: float16; gradients of adapters go through it, and vanish there: accepted are bfloat16 "
                 "and float32"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _toys_have_no_pipeline(self) -> Self:
+        if self.teacher.name == "pipeline":
+            return self
+        of_pipelines = {
+            "student.lora.rank": (self.student.lora.rank, None),
+            "fake.lora.rank": (self.fake.lora.rank, None),
+            "memory.checkpointing": (self.memory.checkpointing, False),
+            "real.encoded": (self.real.encoded, None),
+            "real.data.path": (self.real.data.path, None),
+            **{f"prompts.{name}": (value, getattr(Prompts(), name)) for name, value in self.prompts},
+        }
+        for name, (value, none) in of_pipelines.items():
+            if value != none:
+                raise ValueError(
+                    f"{name}: {value}; is for teachers that are pipelines, teacher.name: {self.teacher.name} is a toy"
+                )
         return self
 
     @model_validator(mode="after")

@@ -5,6 +5,8 @@ Handwritten Digits), so the whole road can be walked without a download. They ar
 class, into a training half and a held-out half that nothing is ever trained on.
 """
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -21,7 +23,8 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".g
 
 @dataclass(frozen=True)
 class Images:
-    """Images [N, C, H, W], float32 in [-1, 1], and their class labels [N] (int64), or None.
+    """Images [N, C, H, W], float32 in [-1, 1] or the levels 0 .. 255 (uint8, a quarter of the memory), and their class
+    labels [N] (int64), or None.
 
     `classes` names the classes in the order of their labels.
     """
@@ -38,9 +41,9 @@ class Images:
         """[C, H, W]."""
         return tuple(self.images.shape[1:])
 
-    def read(self, numbers: Sequence[int]) -> Tensor:
-        """The images with these numbers, [B, C, H, W]."""
-        return self.images[list(numbers)]
+    def read(self, numbers: Sequence[int] | Tensor) -> Tensor:
+        """The images with these numbers, [B, C, H, W], float32 in [-1, 1]."""
+        return continuous(self.images[torch.as_tensor(numbers)])
 
     def name(self, number: int) -> str:
         """What to call an image in a message."""
@@ -67,11 +70,16 @@ class ImageFiles:
 
     def read(self, numbers: Sequence[int]) -> Tensor:
         """The images with these numbers, [B, C, H, W], float32 in [-1, 1]. Raises ValueError, naming the file."""
-        return torch.stack([_read(self.files[number], self.size, self.channels) for number in numbers])
+        return continuous(torch.stack([_read(self.files[number], self.size, self.channels) for number in numbers]))
 
     def name(self, number: int) -> str:
         """What to call an image in a message."""
         return str(self.files[number])
+
+
+def continuous(images: Tensor) -> Tensor:
+    """Levels 0 .. 255 as numbers in [-1, 1], float32; images of floating point as they are."""
+    return images if images.is_floating_point() else images.float() / 127.5 - 1
 
 
 def digits(split: Split) -> Images:
@@ -102,9 +110,12 @@ def _digits() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def folder(path: str | Path, size: int, channels: int = 3) -> Images:
-    """Every image below `path`, in memory: what `image_files` finds, [N, channels, size, size]."""
+    """Every image below `path`, in memory: what `image_files` finds, [N, channels, size, size], uint8."""
     found = image_files(path, size, channels)
-    return Images(found.read(range(len(found))), found.labels, found.classes)
+    levels = torch.empty(len(found), *found.shape, dtype=torch.uint8)
+    for row, file in zip(levels, found.files, strict=True):
+        row.copy_(_read(file, size, channels))
+    return Images(levels, found.labels, found.classes)
 
 
 def image_files(path: str | Path, size: int, channels: int = 3) -> ImageFiles:
@@ -139,7 +150,14 @@ def found_images(root: Path) -> tuple[Path, ...]:
     return files
 
 
+def images_identity(files: Sequence[Path], root: Path) -> str:
+    """A SHA-256 of the names below `root` and the sizes of images; their contents would take as long as a training."""
+    stated = [[file.relative_to(root).as_posix(), file.stat().st_size] for file in files]
+    return hashlib.sha256(json.dumps(stated, sort_keys=True).encode()).hexdigest()
+
+
 def _read(file: Path, size: int, channels: int) -> Tensor:
+    """Its levels, [channels, size, size], uint8."""
     from PIL import Image, ImageOps
 
     try:
@@ -150,7 +168,7 @@ def _read(file: Path, size: int, channels: int) -> Tensor:
     except Exception as error:
         raise ValueError(f"data.path: {file} cannot be read as an image ({error})") from error
     image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
-    array = torch.from_numpy(np.array(image, dtype=np.float32)) / 127.5 - 1
+    array = torch.from_numpy(np.array(image))
     return array[None] if channels == 1 else array.permute(2, 0, 1)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from distill import checkpoint, sharding
 from distill.config import FirstStage, Train
 from distill.degradation import Degrader, Plateau, Probe, Recording, choose, mismatches, probe
-from distill.launch import launched
+from distill.launch import check_launch, launched
 from distill.lora import shared_copy
 from distill.methods import Degradation
 from distill.mismatch import SAMPLES, score_mismatch
@@ -52,6 +52,7 @@ def degrade(
         with Progress(stage.degradation.steps, "degradation step") as shown:
             return degrade(config, resume, shown)
     accelerator = launched(stage)
+    check_launch(accelerator, config)
     subject, low, high = checked_subject(stage, accelerator.device, accelerator.mixed_precision)
     if (folder / MANIFEST).is_file():
         if not resume:
@@ -66,7 +67,7 @@ def degrade(
     )
     teacher = _start_of(subject)
     run = Run(stage, resume, accelerator)
-    student = subject.as_student(subject.student.to(accelerator.device).requires_grad_(False))
+    student = subject.as_student(_frozen(subject.student, subject).to(accelerator.device))
     denoiser, update = prepare(accelerator, subject.fake, stage.degradation.optimizer, stage.degradation.steps)
     level = partial(log_normal_level, config=stage.noise, sigma_min=low, sigma_max=high)
     parts = stage.memory.accumulation or accelerator.gradient_accumulation_steps

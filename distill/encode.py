@@ -24,7 +24,7 @@ from distill.generate import usable_device
 from distill.progress import Progress
 from distill.rows import Rows, read_rows
 from distill.run import differences
-from distill.together import together
+from distill.together import joined, together
 from samplers.atomic import atomic_write
 
 SETTINGS = "settings.json"  # written first: what every file of the folder is made with
@@ -37,7 +37,7 @@ def encode(config: Encode) -> Encoded:
     not fit, and a folder of other settings; with the finished shards kept, for an image that cannot be read, and what
     is not finite in the dtype.
     """
-    accelerator = Accelerator()
+    accelerator = joined()
     device = accelerator.device if config.device is None else usable_device(config.device)
     folder, rows = Path(config.out), read_rows(config, device)
     begun = together(lambda _: _begin(folder, rows), None, accelerator, only_first=True)

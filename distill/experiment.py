@@ -34,6 +34,7 @@ from distill.ratio import (
     untrained_heads,
 )
 from distill.run import Run, drive
+from distill.student_run import HUB_ID
 from distill.subject import checked_subject, preview_start, sampled, toy_preview
 from distill.targets import Backtracking
 from distill.trainer import Trainer, by_distance, by_level, unweighted
@@ -82,7 +83,7 @@ def teach(config: schemas.Teach, resume: bool, progress: Progress) -> Path:
         sigma_data=network.sigma_data,
         device=device,
     )
-    shape = tuple(images.images.shape[1:])
+    shape = images.shape
 
     def preview(path: Path | None) -> None:
         generate = sampled(averaged)
@@ -232,6 +233,10 @@ def _keep_teacher(config: schemas.Train, folder: Path) -> None:
         source = toy.teacher_folder(path)
         weights = sorted(source.glob("*.safetensors"))
     identity = " ".join(checkpoint.sha256(file) for file in weights)
+    if not Path(path).exists():  # a repository's id, found in the hub's cache
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_write(folder / HUB_ID) as file:
+            file.write(path.encode())
     _keep_identity(identity, folder / "teacher.sha256", f"the weights in {source} are")
     for name in names:
         if (source / name).is_file():

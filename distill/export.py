@@ -111,6 +111,11 @@ def export_lora(run: str | Path, folder: str | Path) -> str:
     student = StudentRun.read(run)
     if not student.has_adapters:
         raise ValueError(f"{run}: its student has no adapters (student.lora.rank); --lora is for those that have")
+    if student.in_pixels and student.network["out_channels"] != student.network["in_channels"]:
+        raise ValueError(
+            "--lora: the teacher's network learned a variance, which the student's stock pipeline knows nothing of; "
+            "accepted is an export without --lora, whose network has none"
+        )
     with atomic_folder(folder) as draft:
         name = _write_adapters(draft, student, student.adapters())
         student.steps.scheduler.save_pretrained(draft / "scheduler")

@@ -3,7 +3,7 @@
 import json
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
@@ -30,10 +30,12 @@ def pipeline_folder(path: str | Path) -> Path:
             return folder
     if not Path(path).is_dir():
         return _cached(str(path))
-    unfinished = (
-        " (this run has not finished: continue it with --resume)" if (Path(path) / "config.yaml").is_file() else ""
-    )
-    raise ValueError(f"{path}: is no pipeline folder of diffusers, there is no model_index.json in it{unfinished}")
+    hint = ""
+    if (Path(path) / "config.yaml").is_file():
+        hint = " (this run has not finished: continue it with --resume)"
+        if (Path(path) / "model").is_dir():
+            hint = " (this run learned a toy, which teacher.name names)"
+    raise ValueError(f"{path}: is no pipeline folder of diffusers, there is no model_index.json in it{hint}")
 
 
 def _cached(name: str) -> Path:
@@ -55,26 +57,50 @@ def _cached(name: str) -> Path:
     return folder
 
 
+def sample_shape(config: Mapping[str, Any]) -> tuple[int, int, int]:
+    """The shape [C, H, W] of a UNet2DModel's samples, by its configuration.
+
+    Raises ValueError where it names no size.
+    """
+    size = config["sample_size"]
+    if size is None:
+        raise ValueError("sample_size: null in the network's config.json; needed is the side of its samples in pixels")
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    return config["in_channels"], height, width
+
+
 def read_facts(folder: Path) -> dict[str, Any]:
-    """What the `distill.json` of a pipeline folder says; empty if there is none."""
+    """What the `distill.json` of a pipeline folder says; empty if there is none.
+
+    Raises ValueError for classes that are not a list of names, and a null label that is no label beside theirs.
+    """
     file = folder / FACTS
     if not file.is_file():
         return {}
-    return _keys(file, f"{file}:")
+    facts = read_keys(file)
+    classes, null = facts.get("classes") or [], facts.get("null_label")
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise ValueError(f"{file}: classes: {classes!r}; accepted is a list of names, in the order of their labels")
+    if null is not None and (isinstance(null, bool) or not isinstance(null, int) or null < len(classes)):
+        raise ValueError(
+            f"{file}: null_label: {null!r}; accepted are null, and numbers from {len(classes)}, the classes"
+        )
+    return facts
 
 
 def index_of(folder: Path) -> dict[str, Any]:
     """The model_index.json of a pipeline folder. Raises ValueError for one that is no object of JSON."""
-    return _keys(folder / "model_index.json", f"{folder}: its model_index.json")
+    return read_keys(folder / "model_index.json", f"{folder}: its model_index.json")
 
 
-def _keys(file: Path, called: str) -> dict[str, Any]:
+def read_keys(file: Path, called: str | None = None) -> dict[str, Any]:
+    """A file's object of JSON. Raises ValueError, calling it `called` (None: by its name), for anything else."""
     try:
         content = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{called} is not JSON ({error})") from error
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{called or f'{file}:'} is not JSON ({error})") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{called} holds no keys")
+        raise ValueError(f"{called or f'{file}:'} holds no keys")
     return content
 
 

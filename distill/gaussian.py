@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
@@ -25,7 +24,7 @@ from distill.noise import JUDGED, LATENTS
 from distill.progress import Progress
 from distill.run import LIBRARIES
 from distill.sections import Data
-from distill.together import together
+from distill.together import joined, together
 from samplers import SampleNoise
 from samplers.bound import bound_of, kept_count
 from samplers.gaussian import Gaussian
@@ -41,7 +40,7 @@ def fit_gaussian(config: FitGaussian) -> Gaussian | None:
     Raises ValueError, the same on all processes, for data, a rank or a pipeline that do not fit (before anything is
     read), an image that cannot be read, a latent that is not finite, and fewer samples than a covariance needs.
     """
-    accelerator = Accelerator()
+    accelerator = joined()
     device = accelerator.device if config.device is None else usable_device(config.device)
     source = _source(config)
     encoder = None if config.pipeline is None else read_encoder(config.pipeline, device)

@@ -153,6 +153,9 @@ def _name(file: str | Path | None) -> str | None:
 def usable_device(name: str) -> torch.device:
     """A device that exists; ValueError for any other name."""
     try:
-        return torch.empty(0, device=name).device
+        device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"device: {name!r} cannot be used here ({str(error).splitlines()[0]})") from error
+    if device.type == "meta":
+        raise ValueError(f"device: {name!r} cannot be used here (nothing is computed on it)")
+    return device

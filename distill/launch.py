@@ -11,6 +11,7 @@ from accelerate import Accelerator
 
 from distill import sharding
 from distill.config import FirstStage, Teach, Train
+from distill.together import joined
 
 _OTHERS = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
@@ -36,7 +37,7 @@ def launched(config: Teach | Train | FirstStage) -> Accelerator:
         if find_spec(name) is None:
             raise ValueError(f"logging.trackers: {name} is not installed; `pip install {name}`, or leave it out")
     try:
-        accelerator = Accelerator(log_with=trackers or None, project_dir=config.run)
+        accelerator = joined(log_with=trackers or None, project_dir=config.run)
     except (ImportError, NotImplementedError, RuntimeError, ValueError) as error:
         raise ValueError(f"accelerate launch: {' '.join(str(error).split())}") from error
     check_launch(accelerator, config)
@@ -57,9 +58,12 @@ def check_launch(accelerator: Accelerator, config: Teach | Train | FirstStage) -
         raise ValueError(
             "accelerate launch: FSDP is for `distill train`; a teacher of `distill teach` is small, use DDP"
         )
-    if not isinstance(config, Train):
-        return
-    compiled = compiler != "no"
+    if isinstance(config, Train):
+        check_networks(config, sharded, compiler != "no")
+
+
+def check_networks(config: Train, sharded: bool, compiled: bool) -> None:
+    """Raises ValueError where networks cannot be shared out by FSDP, or compiled, as a configuration has them."""
     if config.discriminator.features == "fake" and config.real.name != "none" and (sharded or compiled):
         how = "shared out by FSDP" if sharded else "compiled"
         raise ValueError(

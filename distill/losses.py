@@ -80,7 +80,7 @@ def matching_weight(x: Tensor, denoised_target: Tensor, h: Tensor | float = 1.0,
     difference away from zero.
     """
     distance = (x - denoised_target).detach().abs().flatten(1).mean(1)
-    return torch.as_tensor(h, dtype=distance.dtype, device=distance.device) / distance.clamp_min(floor)
+    return (h.to(distance) if isinstance(h, Tensor) else h) / distance.clamp_min(floor)
 
 
 def level_weight(sigma: Tensor, sigma_data: float = 0.5) -> Tensor:

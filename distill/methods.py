@@ -116,7 +116,8 @@ class Real(Section):
     """What a discriminator takes for real. With `none` there is no discriminator."""
 
     name: Literal["none", "data", "encoded", "teacher"] = Field(
-        "none", description="images, latents of `distill encode`, or samples that the teacher makes"
+        "none",
+        description="images, latents of `distill encode`, or samples that the teacher makes (a toy's are exact always)",
     )
     data: Data = Field(Data(), description="the images, for name: data")
     encoded: str | None = Field(None, description="for name: encoded, the folder of `distill encode`")

@@ -56,7 +56,8 @@ def score_mismatch(
     def of(part: slice) -> Any:
         return take_conditions(cond, part, len(z))
 
-    labels = getattr(cond, "numbers", cond)  # prompts are told apart by their numbers
+    labels = getattr(cond, "numbers", cond)  # prompts are told apart by their numbers, which are on the CPU
+    labels = None if labels is None else labels.to(device)
     several = len(student) > 1  # one step draws nothing
     samples = in_parts(lambda part: student(z[part], of(part), noise[part] if several else None), len(z))
     judged = min(judged, len(samples))

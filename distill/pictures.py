@@ -61,14 +61,17 @@ def save_points(points: Tensor, reference: Tensor, path: Path | None) -> None:
 
 
 def save_curves(metrics_file: Path, path: Path) -> None:
-    """Draws every metric of a metrics.jsonl against the step, one panel each, four to a row, as one PNG.
+    """Draws every metric of a metrics.jsonl against the step, one panel each, four to a row, as one PNG; none where
+    there are no metrics yet.
 
     Where the lines have a `node`, dotted lines mark the switches of the target.
     """
     from matplotlib.figure import Figure
 
-    lines = [json.loads(line) for line in metrics_file.read_text().splitlines()]
+    lines = [json.loads(line) for line in metrics_file.read_text().splitlines()] if metrics_file.is_file() else []
     names = list(dict.fromkeys(name for line in lines for name in line if name not in ("step", "seconds")))
+    if not names:
+        return
     switches = node_switches(lines)
     columns = min(4, len(names))
     rows = math.ceil(len(names) / columns)

@@ -15,8 +15,9 @@ from distill.budget import Budget, Networks, budget, largest_fitting
 from distill.config import Train
 from distill.folders import pipeline_folder
 from distill.hardware import SHARE, Hardware
+from distill.launch import check_networks
 from distill.noise import Share
-from distill.ratio import real_samples, untrained_heads
+from distill.ratio import check_normalised, real_samples, untrained_heads
 from distill.subject import checked_subject
 
 _GIB = 2**30
@@ -36,6 +37,7 @@ def plan(config: Train, hardware: Hardware | None = None) -> list[str]:
     if config.teacher.name != "pipeline":
         return [*lines, *_toy(config)]
     hardware = hardware or Hardware.present()
+    check_networks(config, hardware.sharded and hardware.processes > 1, compiled=False)
     built = blueprint(config, hardware)
     return [*lines, *_of_pipeline(config, built), *_needs(config, built.networks, hardware)]
 
@@ -68,12 +70,14 @@ def _of_pipeline(config: Train, built: Blueprint) -> list[str]:
     networks, teacher, steps = built.networks, built.teacher, built.subject.steps
     assert steps is not None, "a pipeline's student has some"
     lines = [_shape(teacher.shape, *built.levels)]
-    if config.real.name == "data":
-        path = config.real.data.path
+    if config.real.name in ("data", "encoded"):
+        of_images = config.real.name == "data"
+        path = config.real.data.path if of_images else config.real.encoded
         if path is None or Path(path).exists():
             real_samples(config, built.subject, Accelerator())
         else:
-            lines.append(f"real.data.path: {path} is not here, so no images were read")
+            key, what = ("data.path", "images were") if of_images else ("encoded", "latents were")
+            lines.append(f"real.{key}: {path} is not here, so no {what} read")
     network = networks.teacher.network
     lines.append(
         f"teacher: {networks.teacher.kind}, {type(network).__name__} with {type(teacher.scheduler).__name__}, "
@@ -100,6 +104,7 @@ def _needs(config: Train, networks: Networks, hardware: Hardware) -> list[str]:
     Share(config.seed, config.batch_size, 0, hardware.processes).numbers(
         0, 0, parts
     )  # refuses parts that are not whole
+    check_normalised(config, parts)
     needed = budget(config, networks, hardware, rows)
     gib, limit = needed.peak / _GIB, hardware.memory / _GIB
     lines = [f"on {hardware}; {rows} samples at a time, {parts} times for an update, in each process"]

@@ -19,6 +19,7 @@ from distill.noise import Share
 from distill.optim import Update
 from distill.sections import Network
 from samplers import Denoiser
+from samplers.noise import moved
 
 
 def build_unet(config: Network, size: int, channels: int, n_classes: int | None) -> Any:
@@ -65,14 +66,14 @@ class Pretrainer:
         """Update number n (from 0); returns its metrics, each []. A function of n and the weights."""
         noise = self.share.noise(n)
         chosen = epoch_order(len(self.images), self.share.seed, self.share.numbers(n))
-        x0 = self.images.images[chosen].to(self.device)
-        sigma = self.noise_level(noise.uniform()).to(self.device)
+        x0 = moved(self.images.read(chosen), self.device)
+        sigma = moved(self.noise_level(noise.uniform()), self.device)
         eps = noise.normal(x0.shape[1:], device=self.device)
 
         cond = None
         if self.images.labels is not None and self.null_label is not None:
             dropped = noise.uniform() < self.label_dropout
-            cond = torch.where(dropped, self.null_label, self.images.labels[chosen]).to(self.device)
+            cond = moved(torch.where(dropped, self.null_label, self.images.labels[chosen]), self.device)
 
         loss = denoising_loss(self.denoiser, x0, sigma, eps, cond, self.sigma_data).mean()
         self.update(loss, n)

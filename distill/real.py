@@ -18,7 +18,7 @@ from torch import Tensor
 
 from distill import checkpoint
 from distill.config import Train
-from distill.data import Images
+from distill.data import Images, continuous
 from distill.encoded import LATENTS, MANIFEST, Encoded, encoder_facts
 from distill.folders import FACTS, network_part, pipeline_folder
 from distill.latents import schedule
@@ -28,6 +28,7 @@ from distill.progress import Progress
 from distill.subject import Subject
 from samplers import SOLVERS, GaussianMixture, SampleNoise, sample
 from samplers.atomic import atomic_write
+from samplers.noise import moved
 
 CHUNK = 256  # samples in a file of the cache
 LATENTS_AT_ONCE = 8
@@ -45,24 +46,23 @@ class RealImages:
     def __init__(
         self, images: Images, shape: tuple[int, ...], n_conditions: int | None, device: torch.device | str = "cpu"
     ) -> None:
-        if tuple(images.images.shape[1:]) != tuple(shape):
-            raise ValueError(f"real.data: its images are {list(images.images.shape[1:])}, the teacher's {list(shape)}")
-        order = torch.arange(len(images))
-        self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        if images.shape != tuple(shape):
+            raise ValueError(f"real.data: its images are {list(images.shape)}, the teacher's {list(shape)}")
+        self._tables: dict[torch.device, tuple[Tensor, ...]] = {}
         if n_conditions is not None:
-            order, starts, counts = _by_class(images.labels, n_conditions)
+            tables = _by_class(images.labels, n_conditions)
             for place in {torch.device("cpu"), torch.device(device)}:  # prompts' numbers are on the CPU
-                self._tables[place] = starts.to(place), counts.to(place)
-        self._images = images.images[order].to(device)
+                self._tables[place] = tuple(table.to(place) for table in tables)
+        self._images = images.images.to(device)
 
     def __call__(self, noise: SampleNoise, cond: Any) -> Tensor:
         device, u = self._images.device, noise.uniform()
         if not self._tables:
-            return self._images[(u * len(self._images)).long().to(device, non_blocking=True)]
+            return continuous(self._images[(u * len(self._images)).long().to(device, non_blocking=True)])
         key = getattr(cond, "numbers", cond)
-        starts, counts = self._tables.get(key.device) or self._tables[torch.device(key.device.type)]
-        rows = starts[key] + (u.to(key.device, non_blocking=True) * counts[key]).long()
-        return self._images[rows.to(device, non_blocking=True)]
+        order, starts, counts = self._tables.get(key.device) or self._tables[torch.device(key.device.type)]
+        rows = order[starts[key] + (u.to(key.device, non_blocking=True) * counts[key]).long()]
+        return continuous(self._images[rows.to(device, non_blocking=True)])
 
 
 class RealRows:
@@ -79,14 +79,14 @@ class RealRows:
             found = "no latents" if rows.shape is None else f"latents of {list(rows.shape)}"
             raise ValueError(f"real.encoded: {rows.folder} has {found}; the teacher's are {list(shape)}")
         self._rows, self._device = rows, device
-        self._classes = None if rows.embeddings else _by_class(rows.labels, n_conditions)
+        self._classes = None if rows.embeddings else _by_class(rows.labels, n_conditions, "real.encoded")
 
     def __call__(self, noise: SampleNoise, cond: Any) -> Tensor:
         numbers = getattr(cond, "numbers", cond)  # on the CPU
         if self._classes is not None:
             order, starts, counts = self._classes
             numbers = order[starts[numbers] + (noise.uniform() * counts[numbers]).long()]
-        return self._rows.rows(numbers.tolist(), [LATENTS])[LATENTS].to(self._device, non_blocking=True).float()
+        return moved(self._rows.rows(numbers.tolist(), [LATENTS])[LATENTS], self._device).float()
 
 
 def check_classes(data: Sequence[str], teacher: Mapping[str, int]) -> None:
@@ -99,18 +99,18 @@ def check_classes(data: Sequence[str], teacher: Mapping[str, int]) -> None:
             )
 
 
-def _by_class(labels: Tensor | None, n_conditions: int | None) -> tuple[Tensor, Tensor, Tensor]:
+def _by_class(labels: Tensor | None, n_conditions: int | None, key: str = "real.data") -> tuple[Tensor, Tensor, Tensor]:
     """Images in the order of their classes; where each class starts there; how many it has. On the CPU.
 
     Raises ValueError for images without classes, and a class of the teacher that has none.
     """
     if labels is None or n_conditions is None:
-        raise ValueError(f"real.data: has no classes, and the teacher has {n_conditions}")
+        raise ValueError(f"{key}: has no classes, and the teacher has {n_conditions}")
     counts = labels.bincount(minlength=n_conditions)
     if len(counts) > n_conditions or not bool(counts.all()):
         empty = [label for label, count in enumerate(counts.tolist()) if not count]
         found = f"none of class {empty[0]}" if empty else f"{len(counts)} classes"
-        raise ValueError(f"real.data: has {found}; needed are images of each of the teacher's {n_conditions}")
+        raise ValueError(f"{key}: has {found}; needed are images of each of the teacher's {n_conditions}")
     return labels.argsort(stable=True), counts.cumsum(0) - counts, counts
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from distill.captions import read_prompts
 from distill.export import is_plain_safetensors
-from distill.folders import FACTS, SUPPORTED, UNUSED, class_count, pipeline_folder, read_facts
+from distill.folders import FACTS, SUPPORTED, UNUSED, class_count, pipeline_folder, read_facts, sample_shape
 from distill.latents import PROMPTED, picture_shape, prompt_schedule
 from distill.run import read_record
 from distill.stock import CONSISTENCY, PIXELS, Steps, student_steps
@@ -167,7 +167,7 @@ def _student(
     if steps.pipeline == PIXELS:
         if sampling.prompts is not None:
             raise ValueError(f"prompts: {sampling.prompts}; {recipe.folder} has no use for words")
-        shape = _shape(network)
+        shape = sample_shape(network)
     else:
         vae = _json((recipe.base or recipe.folder) / "vae/config.json")
         asked |= {side: steps.call[side] for side in ("height", "width") if side in steps.call}
@@ -230,7 +230,9 @@ def _unconditional(folder: Path, index: dict[str, Any], sampling: Sampling) -> R
             f'(a file {FACTS} with "classes" and "null_label" beside model_index.json would)'
         )
     sigmas = karras_sigmas(sampling.steps, coordinates.sigma_min, coordinates.sigma_max)
-    return _sampled(Recipe("teacher", folder, files, _shape(unet), n_classes, 0, sigmas, own), sampling, _shape(unet))
+    return _sampled(
+        Recipe("teacher", folder, files, sample_shape(unet), n_classes, 0, sigmas, own), sampling, sample_shape(unet)
+    )
 
 
 def _prompted(folder: Path, index: dict[str, Any], sampling: Sampling) -> Recipe:
@@ -285,12 +287,6 @@ def _sigma_skip(gaussian: Gaussian, recipe: Recipe, sampling: Sampling, shape: t
     if not low <= skip < high:
         raise ValueError(f"sigma_skip: {skip:.6g}; accepted are levels of the schedule, [{low:.6g}, {high:.6g})")
     return float(skip)
-
-
-def _shape(config: dict[str, Any]) -> tuple[int, int, int]:
-    size = config["sample_size"]
-    height, width = size if isinstance(size, list) else (size, size)
-    return config["in_channels"], height, width
 
 
 def _json(file: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from distill.captions import captioned, read_prompts
 from distill.config import Encode
-from distill.data import ImageFiles, image_files
+from distill.data import ImageFiles, image_files, images_identity
 from distill.encoded import FORMAT, LATENTS, MIRRORED, encoder_facts
 from distill.folders import index_of, load_words, pipeline_folder
 from distill.latents import Encoder, read_encoder
@@ -120,8 +120,8 @@ def read_rows(config: Encode, device: torch.device) -> Rows:
     if images is not None:
         encoder = read_encoder(folder, device)
         encoder.shape(images.channels, images.size)
-        stated = [[f.relative_to(str(config.data.path)).as_posix(), f.stat().st_size] for f in images.files]
-        settings["images"] = {"size": images.size, "files": _hash(stated), "count": len(images)}
+        identity = images_identity(images.files, Path(str(config.data.path)))
+        settings["images"] = {"size": images.size, "files": identity, "count": len(images)}
         settings |= {"flip": config.flip, "seed": config.seed, "vae": vae_facts(encoder.vae)}
     if words is not None:
         pipe = load_words(folder, getattr(torch, config.text_dtype)).to(device)

@@ -1,7 +1,7 @@
 """A run folder and the loop that fills it: metrics, checkpoints, pictures; killed, it resumes bit for bit.
 
 config.yaml     the resolved configuration; `--config RUN/config.yaml` repeats the run
-versions.json   of Python and the libraries
+versions.json   of Python and the libraries             inputs.json   SHA-256 of the words and images that it names
 metrics.jsonl   one line per interval: step, seconds, the mean of every metric
 checkpoints/    step-00000100/ ...     samples/  step-00000100.png ...     curves.png
 snapshots/      step-00001000/average.safetensors, state.json ... which stay, for a job that evaluates them
@@ -12,7 +12,7 @@ import json
 import platform
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from distill import checkpoint, pictures, sharding
+from distill.data import found_images, images_identity
+from distill.encoded import MANIFEST
 from distill.sections import Logging, Section
 from distill.trainer import Stepper, train
 from samplers.atomic import atomic_write
@@ -50,7 +52,8 @@ class Run:
     """A run folder, new or resumed.
 
     Raises ValueError where the folder already holds a run and `resume` is off, or where the configuration of a
-    resumed run has changed (it names the keys; those of `logging` and `memory` but accumulation may change).
+    resumed run has changed (it names the keys; those of `logging` and `memory` but accumulation may change), or the
+    words and images that it names.
     """
 
     def __init__(self, config: Section, resume: bool, accelerator: Accelerator) -> None:
@@ -68,6 +71,11 @@ class Run:
             changed = sorted(differences(completed(config, before), record))
             if changed:
                 raise ValueError(f"--resume: the configuration of {self.folder} has changed in {', '.join(changed)}")
+        inputs = inputs_of(self.config)
+        kept = self.folder / "inputs.json"
+        known = json.loads(kept.read_text()) if kept.is_file() else inputs
+        if changed := sorted(name for name in known.keys() | inputs.keys() if known.get(name) != inputs.get(name)):
+            raise ValueError(f"--resume: {', '.join(changed)}: its files are not those that {self.folder} began with")
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -76,6 +84,7 @@ class Run:
             _write(file, yaml.safe_dump(record, sort_keys=False))
             versions = {name: version(name) for name in LIBRARIES} | {"python": platform.python_version()}
             _write(self.folder / "versions.json", json.dumps(versions, indent=1))
+            _write(kept, json.dumps(inputs, indent=1))
 
     @property
     def _checkpoints(self) -> Path:
@@ -216,6 +225,28 @@ def _not_finite(what: str, step: int, folder: Path) -> FloatingPointError:
 def _write(path: Path, text: str) -> None:
     with atomic_write(path) as file:
         file.write(text.encode())
+
+
+def inputs_of(record: Mapping[str, Any]) -> dict[str, str]:
+    """A SHA-256 of each of the words, encoded rows and images that a run's configuration names: of the file, the
+    manifest, the names and sizes of the images."""
+
+    def at(key: str) -> Any:
+        found: Any = record
+        for part in key.split("."):
+            found = found.get(part) if isinstance(found, Mapping) else None
+        return found
+
+    files = {key: path for key in ("prompts.file", "prompts.encoded", "real.encoded") if (path := at(key)) is not None}
+    hashes = {}
+    for key, path in files.items():
+        file = Path(path) / MANIFEST if key.endswith("encoded") else Path(path)
+        if file.is_file():
+            hashes[key] = checkpoint.sha256(file)
+    for key in ("data.path", "real.data.path"):
+        if at(key) is not None and Path(at(key)).is_dir():
+            hashes[key] = images_identity(found_images(Path(at(key))), Path(at(key)))
+    return hashes
 
 
 def completed(config: Section, record: dict[str, Any]) -> dict[str, Any]:

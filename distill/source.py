@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -9,7 +10,7 @@ from torch import Tensor
 from distill.captions import read_prompts
 from distill.config import FirstStage, Train
 from distill.encoded import Encoded, encoder_facts
-from distill.folders import has_text_encoder, index_of, load_words, pipeline_folder, pixel_classes
+from distill.folders import has_text_encoder, index_of, load_words, pipeline_folder, pixel_classes, read_facts
 from distill.progress import Progress
 from distill.teacher import Teacher
 from samplers.pipelines import vae_facts
@@ -57,14 +58,14 @@ def load_teacher(config: Train | FirstStage, device: torch.device) -> tuple[Teac
     """
     source = config.teacher
     prompts = config.prompt_source if isinstance(config, Train) else config.prompts
-    folder = pipeline_folder(str(source.path))
+    folder = teacher_folder(config)
     rows, words = read_prompts_of(config)
     null, text = None, None
     if words is not None:
         text = load_words(folder).to(device)
         null = {key: value.cpu() for key, value in embed(text, source.negative_prompt).items()}
     elif rows is not None and rows.embeddings:
-        null = _null(rows, source.negative_prompt)
+        null = null_of(rows, source.negative_prompt)
     teacher = Teacher.load(
         folder,
         source.guidance,
@@ -83,13 +84,23 @@ def load_teacher(config: Train | FirstStage, device: torch.device) -> tuple[Teac
     return teacher.under(EmbeddedPrompts(words, partial(embed, text))), rows
 
 
+def teacher_folder(config: Train | FirstStage) -> Path:
+    """The pipeline folder of a configuration's teacher. Raises ValueError where there is none, or it is a student."""
+    folder = pipeline_folder(str(config.teacher.path))
+    if read_facts(folder).get("kind") == "student":
+        raise ValueError(
+            f"teacher.path: {folder} is a student, which knows its own noise levels only; needed is a teacher"
+        )
+    return folder
+
+
 def read_prompts_of(config: Train | FirstStage) -> tuple[Encoded | None, tuple[str, ...] | None]:
     """What was encoded for a teacher, or the prompts that are to be embedded; of a model without words neither has any.
 
     Raises ValueError for a pipeline that is not supported, and for prompts that are missing or of no use to it.
     """
     prompts = config.prompt_source if isinstance(config, Train) else config.prompts
-    folder = pipeline_folder(str(config.teacher.path))
+    folder = teacher_folder(config)
     name = str(index_of(folder).get("_class_name"))
     kind = PIPELINES.get(name)
     rows = None if prompts.encoded is None else Encoded.read(prompts.encoded)
@@ -103,7 +114,8 @@ def read_prompts_of(config: Train | FirstStage) -> tuple[Encoded | None, tuple[s
         return rows, None
     if rows is not None:
         if not rows.embeddings:
-            raise ValueError(f"prompts.encoded: {rows.folder} has no prompts; needed are their embeddings")
+            key = "prompts.encoded" if config.prompts.encoded is not None else "real.encoded"
+            raise ValueError(f"{key}: {rows.folder} has no prompts; needed are their embeddings")
         return rows, None
     if prompts.file is None:
         raise ValueError(
@@ -115,7 +127,7 @@ def read_prompts_of(config: Train | FirstStage) -> tuple[Encoded | None, tuple[s
     return None, read_prompts(prompts.file, prompts.column)
 
 
-def _null(rows: Encoded, negative_prompt: str | None) -> dict[str, Tensor]:
+def null_of(rows: Encoded, negative_prompt: str | None) -> dict[str, Tensor]:
     """The embeddings that guidance leads away from. Raises ValueError where another negative prompt was encoded."""
     if negative_prompt is None:
         return rows.null

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distill.folders import sample_shape
 from samplers.adapters import Coordinates, FlowMatching, VariancePreserving
 from samplers.prompts import GUIDANCE_EMBEDDING, PIPELINES
 
@@ -83,11 +84,18 @@ def student_steps(
         call["guidance_scale"] = guidance_embedding if network_config.get("guidance_embeds") else 1.0
     if pipeline_class.startswith("PixArt"):  # which would make another size, and of other words, than was asked for
         call |= {"use_resolution_binning": False, "clean_caption": False}
-    size = network_config.get("sample_size")
-    if pipeline_class == PIXELS and isinstance(size, list | tuple):
-        raise ValueError(f"sample_size: {list(size)}; a {PIXELS} takes a number, the side of a square")
+    if pipeline_class == PIXELS and len(set(sample_shape(network_config)[1:])) > 1:
+        raise ValueError(
+            f"sample_size: {list(network_config['sample_size'])}; a {PIXELS}, which the student is exported to, makes "
+            "squares only"
+        )
 
     if isinstance(coordinates, FlowMatching):
+        if pipeline_class in (PIXELS, "DiTPipeline"):
+            raise ValueError(
+                f"scheduler: {type(scheduler).__name__}, of flow time; a {pipeline_class} does not sample by it, "
+                "accepted are those of noise levels"
+            )
         return _flow(scheduler, pipeline_class, first, steps, call)
     if isinstance(coordinates, VariancePreserving):
         return _discrete(scheduler, coordinates, pipeline_class, first, steps, call)

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from distill import checkpoint
 from distill.config import Train
-from distill.folders import index_of, pipeline_folder, read_facts, read_model, weight_files
+from distill.folders import index_of, pipeline_folder, read_facts, read_keys, read_model, sample_shape, weight_files
 from distill.run import read_record
 from distill.stock import PIXELS, Steps, student_steps
 from samplers.adapters import Coordinates, coordinates_of
 
 NETWORKS = ("unet", "transformer")  # the part of a pipeline that is distilled
+HUB_ID = "teacher.id"  # in a run's `network`: the id of the teacher's repository, where it has one
 _ADAPTER = ".default.weight"  # how a name of a LoRA weight ends: <layer>.lora_A.default.weight
 
 
@@ -57,16 +58,18 @@ class StudentRun:
                 f"{run}: is a run of the toy {config.teacher.name}, which is no pipeline; its pictures are in "
                 f"{run}/samples"
             )
+        if is_one and not checkpoint.is_whole(path):
+            raise ValueError(f"{path}: is not whole, or not what was written (state.json has the SHA-256 of its files)")
         found = path if is_one else checkpoint.newest(run / "checkpoints")
         if found is None:
             raise ValueError(f"{run}: has no checkpoint yet")
         kept = run / "network"
-        index = json.loads((kept / "model_index.json").read_text())
+        index = index_of(kept)
         part = next((name for name in NETWORKS if (kept / name / "config.json").is_file()), None)
         if part is None:
             raise ValueError(f"{kept}: has no configuration of the teacher's network")
-        network = json.loads((kept / part / "config.json").read_text())
-        scheduler_config = json.loads((kept / "scheduler/scheduler_config.json").read_text())
+        network = read_keys(kept / part / "config.json")
+        scheduler_config = read_keys(kept / "scheduler/scheduler_config.json")
         scheduler = getattr(diffusers, index["scheduler"][1]).from_config(scheduler_config)
         return cls(run, found, config, index, part, network, scheduler, read_facts(kept))
 
@@ -100,6 +103,12 @@ class StudentRun:
         return self.steps.call | {name: size for name, size in sizes.items() if size is not None}
 
     @property
+    def hub_id(self) -> str | None:
+        """The id of the teacher's repository; None where it was a folder."""
+        file = self.folder / "network" / HUB_ID
+        return file.read_text() if file.is_file() else None
+
+    @property
     def has_adapters(self) -> bool:
         return self.config.student.lora.rank is not None
 
@@ -124,7 +133,8 @@ class StudentRun:
     def load_network(self, base: Path | None = None) -> Any:
         """The averaged student, in float32; adapters are merged into the weights of the teacher in `base`.
 
-        The null label of a UNet2DModel, which a student never sees, is cut from its class embedding.
+        Of a network of pixels, what a student never uses is cut off, since its stock pipeline knows of neither: the
+        null label, and the second half of the outputs, where that is a learned variance.
         """
         import diffusers
 
@@ -138,6 +148,12 @@ class StudentRun:
         if null_label is not None and null_label == config["num_class_embeds"] - 1:
             config["num_class_embeds"] = null_label
             weights["class_embedding.weight"] = weights["class_embedding.weight"][:null_label].clone()
+        if self.in_pixels:
+            config["sample_size"] = sample_shape(config)[1]  # a number where it was a pair
+            if config["out_channels"] != (channels := config["in_channels"]):
+                config["out_channels"] = channels
+                for name in ("conv_out.weight", "conv_out.bias"):
+                    weights[name] = weights[name][:channels].clone()
         network = kind.from_config(config)
         network.load_state_dict(weights, strict=True)
         return network.eval().requires_grad_(False)

@@ -171,7 +171,8 @@ def _prints(
     """Of what a path is made from: the teacher, or what learns in its place, and the first student's network."""
     facts: dict[str, Any] = {"name": config.teacher.name, "coordinates": type(teacher.coordinates).__name__}
     facts |= {name: getattr(teacher, name) for name in ("sigma_min", "sigma_max", "sigma_data")}
-    adapters = {} if lora.rank is None else {"lora": lora.model_dump(mode="json")}
+    # What differences are taken to has the first values of the adapters too, which the seed draws.
+    adapters = {} if lora.rank is None else {"lora": lora.model_dump(mode="json"), "seed": config.seed}
     start: dict[str, Any] = {
         "sigma_init": student.sigmas[0],
         "toy": config.toy.model_dump() if config.teacher.exact else None,
@@ -197,18 +198,24 @@ def checked_subject(
         low, high = subject.range(config.sigma_min, config.sigma_max)
         check_log_normal("fake.noise", config.noise, low, high)
         return subject, low, high
+    return subject, *check_fit(config, subject, subject.n_conditions)
+
+
+def check_fit(config: Train, subject: Subject, n_conditions: int | None) -> tuple[float, float]:
+    """The range of noise levels of a run. Raises ValueError where it does not fit the subject, and for numbers of
+    samples that are too few for its conditions."""
     low, high = subject.range(config.noise.sigma_min, config.noise.sigma_max)
     check_log_normal("fake.noise", config.fake.noise, low, high)
-    if config.logging.mismatch_every is not None and (subject.n_conditions or 1) > JUDGED_CONDITIONS:
+    if config.logging.mismatch_every is not None and (n_conditions or 1) > JUDGED_CONDITIONS:
         raise ValueError(
-            f"logging.mismatch_every: {config.logging.mismatch_every}; {subject.n_conditions} conditions have too few "
+            f"logging.mismatch_every: {config.logging.mismatch_every}; {n_conditions} conditions have too few "
             f"samples each to know a law by: accepted is null, or at most {JUDGED_CONDITIONS} conditions"
         )
-    if config.real.name == "teacher" and config.real.count < (subject.n_conditions or 1):
+    if config.real.name == "teacher" and config.real.count < (n_conditions or 1):
         raise ValueError(
-            f"real.count: {config.real.count} is less than one for each of {subject.n_conditions} classes or prompts"
+            f"real.count: {config.real.count} is less than one for each of {n_conditions} classes or prompts"
         )
-    return subject, low, high
+    return low, high
 
 
 def _toy(config: Train | FirstStage, device: torch.device) -> Subject:

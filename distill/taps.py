@@ -38,7 +38,7 @@ class Tap:
             wrong = [level for level in levels if not -len(layers) <= level < len(layers)]
             if wrong or not levels:
                 raise ValueError(
-                    f"levels: {list(levels)}; a {type(network).__name__} of this size has the levels 0 .. "
+                    f"discriminator.levels: {list(levels)}; a {type(network).__name__} of this size has levels 0 .. "
                     f"{len(layers) - 1} (or -{len(layers)} .. -1)"
                 )
             chosen = sorted({level % len(layers) for level in levels})

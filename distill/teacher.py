@@ -19,6 +19,7 @@ from distill.folders import (
     pipeline_folder,
     read_facts,
     read_pipeline,
+    sample_shape,
 )
 from samplers import Denoiser, Guided, NetworkDenoiser, SampleNoise, decode, denoiser_from, latent_shape
 from samplers.prompts import GUIDANCE_EMBEDDING, PIPELINES, condition, denoiser_of, embed, kind_of
@@ -201,7 +202,7 @@ class Teacher:
                 f"{folder / FACTS}: speaks of label {max(labels)}, but the network has "
                 f"{network.config.num_class_embeds or 'no'} labels"
             )
-        return cls(denoiser, scheduler, sample_shape(network), n_classes, null_label, guidance, facts, interval)
+        return cls(denoiser, scheduler, sample_shape(network.config), n_classes, null_label, guidance, facts, interval)
 
     def __call__(self, x: Tensor, sigma: Tensor, cond: Any = None) -> Tensor:
         return self.guided(x, sigma, cond)
@@ -273,13 +274,6 @@ class Teacher:
         if self.pipe is None:
             return x
         return torch.cat([decode(self.pipe, one).float() for one in x.split(1)])
-
-
-def sample_shape(network: Any) -> tuple[int, int, int]:
-    """The shape [C, H, W] of a UNet2DModel's samples."""
-    size = network.config.sample_size
-    height, width = size if isinstance(size, list | tuple) else (size, size)
-    return network.config.in_channels, height, width
 
 
 def check_words(folder: Path, negative_prompt: str | None, height: int | None, width: int | None) -> None:

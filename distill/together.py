@@ -1,12 +1,22 @@
 """Work that the processes of a launch share step by step: what goes wrong on one of them is said once, and ends all."""
 
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, TypeVar
 
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import InitProcessGroupKwargs, gather_object
 
+PATIENCE = timedelta(hours=6)  # of processes that wait while one writes a checkpoint, or makes its last samples
 T = TypeVar("T")
+
+
+def joined(**settings: Any) -> Accelerator:
+    """This process's place in the launch. A process that dies is the launcher's to see, not the others' by their wait.
+
+    settings: more of accelerate's own. Raises what accelerate does where the launch cannot be.
+    """
+    return Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)], **settings)
 
 
 def together(work: Callable[[Any], T], given: Any, accelerator: Accelerator, only_first: bool = False) -> T | None:

@@ -143,6 +143,8 @@ class VariancePreserving:
     def __init__(self, alphas_cumprod: Tensor, prediction_type: str) -> None:
         a = alphas_cumprod.detach().to("cpu", torch.float64)
         log_sigmas = (((1 - a) / a).log() / 2)[a > 0]
+        if len(log_sigmas) > 2 and log_sigmas[-1] <= log_sigmas[-2]:  # 2^-24, which diffusers writes where it is zero
+            log_sigmas = log_sigmas[:-1]
         if len(log_sigmas) < 2 or not bool((log_sigmas.diff() > 0).all()) or not bool(log_sigmas.isfinite().all()):
             raise ValueError("scheduler: its alphas_cumprod do not fall from below 1 from one timestep to the next")
         self._tables = {log_sigmas.device: log_sigmas}  # one for each device, so that no step copies it

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from samplers.adapters import NetworkDenoiser, coordinates_of
 from samplers.network_call import is_packed, state_channels
+from samplers.noise import moved
 from samplers.targets import Conditioned
 
 Prompt = str | int | Mapping[str, Tensor] | None
@@ -95,7 +96,7 @@ def condition(
     """
     name, kind = _kind(pipe)
     network = getattr(pipe, kind.network)
-    found = {key: value.to(pipe._execution_device, non_blocking=True) for key, value in embeddings.items()}
+    found = {key: moved(value, pipe._execution_device) for key, value in embeddings.items()}
     texts = found[_EMBEDS]
     cond: dict[str, Any] = {"encoder_hidden_states": texts}
     if name == "StableDiffusionXLPipeline":

@@ -78,3 +78,9 @@ def _main(arguments: list[str], cwd: Path, streams: list[Path], file_limit: int 
     if file_limit is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
     main()
+
+
+def processor_time() -> float:
+    """Seconds that the processes which were waited for have computed: what else the machine does is not in it."""
+    times = os.times()
+    return times.children_user + times.children_system

@@ -16,9 +16,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from distill import checkpoint
+from distill.config import Train
 from distill.generate import load_generator
 from distill.nodes import MANIFEST
 from distill.pictures import node_switches
+from distill.subject import load_subject
 from tests.distill.command import distill
 from tests.distill.runs import assert_refused, assert_same, entries, kill_somewhere, launch, lines
 from tests.distill.tiny import TRAIN, save_teacher, write_config
@@ -639,3 +641,17 @@ def test_a_path_that_was_begun_otherwise_is_refused_before_anything_is_written(p
     result = distill("train", "--config", config, cwd=place)
     assert_refused(result, "degradation.optimizer.lr, degradation.steps: path was recorded with other values")
     assert entries(place) == before
+
+
+def test_a_path_of_adapters_is_of_their_seed(pipeline: Path) -> None:
+    """What its differences are taken to has the adapters' first values, which the seed draws."""
+
+    def teacher_of(seed: int, rank: int | None) -> str:
+        lora = {"rank": rank, "targets": ["time_embedding.linear_1"] if rank else []}
+        target = {"name": "nodes", "updates": 4}
+        changes = {"teacher": {"path": str(pipeline)}, "target": target, "fake": {"lora": lora}, "seed": seed}
+        config = Train.model_validate(TRAIN | changes)
+        return load_subject(config, torch.device("cpu")).prints["teacher"]
+
+    assert teacher_of(0, None) == teacher_of(1, None)
+    assert teacher_of(0, 2) == teacher_of(0, 2) != teacher_of(1, 2)

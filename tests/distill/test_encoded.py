@@ -98,7 +98,7 @@ def test_rows_are_what_the_stock_parts_make(tmp_path: Path, name: str) -> None:
     rows = encoded.rows(order)
 
     pipe = diffusers.DiffusionPipeline.from_pretrained(folder, local_files_only=True, **families.LOAD.get(name, {}))
-    images = data.folder(tmp_path / "images", 16).images
+    images = data.continuous(data.folder(tmp_path / "images", 16).images)
     with torch.no_grad():
         posterior = pipe.vae.encode(images).latent_dist
         texts = stock_embeddings(name, pipe, [WORDS[k] for k in order])

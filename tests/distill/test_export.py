@@ -7,12 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from PIL import Image
 
 from distill import Teacher, load_generator
 from distill.student_run import StudentRun
 from samplers import SampleNoise, denoiser_from
 from tests.distill.command import distill, fresh
+from tests.distill.runs import assert_refused
 from tests.distill.tiny import SIGMA_DATA, SIGMA_MAX, TEACH, TRAIN, save_teacher, write_config
 
 # A process in which none of our packages can be imported loads the folder and runs the stock pipeline once.
@@ -222,3 +224,34 @@ def test_a_students_images_do_not_depend_on_how_it_is_loaded(place: Path) -> Non
     assert run.nfe == other.nfe == 1
     assert (run.shape, run.n_classes) == (other.shape, other.n_classes) == ((1, 8, 8), 10)
     assert torch.allclose(run(5, range(4)), other(5, range(4)), rtol=0, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_learned_variance_is_left_behind(tmp_path: Path) -> None:
+    """As DDPM's improved networks have one beside their prediction; a stock pipeline of students takes that alone."""
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"], "block_out_channels": [8]}
+    unet = UNet2DModel(sample_size=[8, 8], in_channels=3, out_channels=6, norm_num_groups=4, **blocks)
+    DDPMPipeline(unet, DDPMScheduler(variance_type="learned_range")).save_pretrained(tmp_path / "learned")
+    changes = {"teacher": {"path": "learned"}, "fake": {}, "noise": {}, "steps": 2}
+    train = write_config(tmp_path, TRAIN, **changes)
+    result = distill("train", "--config", train, cwd=tmp_path)
+    assert result.code == 0, result.err
+    result = distill("export", "student", "exported", cwd=tmp_path)
+    assert result.code == 0, result.err
+    config = json.loads((tmp_path / "exported/unet/config.json").read_text())
+    assert (config["out_channels"], config["sample_size"]) == (3, 8)
+    assert compare_with_stock(tmp_path, tmp_path / "exported", tmp_path / "student", None) <= 1e-5
+
+    of_adapters = (
+        "--student.lora.rank",
+        2,
+        "--student.lora.targets",
+        '["time_embedding.linear_1"]',
+        "--run",
+        "adapted",
+    )
+    result = distill("train", "--config", train, *of_adapters, cwd=tmp_path)
+    assert result.code == 0, result.err
+    assert_refused(distill("export", "adapted", "lora", "--lora", cwd=tmp_path), "learned a variance")
+    assert distill("export", "adapted", "merged", cwd=tmp_path).code == 0

@@ -66,6 +66,7 @@ def test_a_card_says_what_was_done_and_what_was_measured(tmp_path: Path) -> None
     record["teacher"] |= {"path": "someone/a-model", "guidance": 3.0, "guidance_interval": [0.5, 5.0]}
     record["target"]["name"], record["divergence"]["name"], record["real"]["name"] = "nodes", "jeffreys", "teacher"
     (tmp_path / "run/config.yaml").write_text(yaml.safe_dump(record))
+    (tmp_path / "run/network/teacher.id").write_text("someone/a-model")
     value = {"value": 12.345, "standard_error": 0.1, "debiased": None, "interval": [12.1, 12.6]}
     line = {"name": "step-7", "step": 7, "n": 500, "values": {"inception": {"fid": value, "kid": {"value": 0.01}}}}
     lines = (
@@ -87,6 +88,14 @@ def test_a_card_says_what_was_done_and_what_was_measured(tmp_path: Path) -> None
     ):
         assert said in text
     assert "step-6" not in text  # another than the one that is exported
+    assert "here is that after" not in text
+
+    (tmp_path / "run/evaluation.jsonl").write_text(json.dumps(lines[0]) + "\n")
+    (tmp_path / "run/network/teacher.id").unlink()  # the teacher was a folder of that name
+    export_student(tmp_path / "run", tmp_path / "exported", tmp_path / "teacher")
+    text = (tmp_path / "exported/README.md").read_text()
+    assert "someone" not in text
+    assert "Rows named by a step are of the average after 6 updates; here is that after 7." in text
     (tmp_path / "run/evaluation.jsonl").write_text("[]\n")
     with pytest.raises(ValueError, match=r"evaluation\.jsonl: holds no results of distill-fid"):
         export_student(tmp_path / "run", tmp_path / "exported", tmp_path / "teacher")
@@ -172,3 +181,21 @@ def test_merged_by_hand() -> None:
     assert torch.allclose(conv(x, found["b.weight"]), both, atol=1e-5)
     with pytest.raises(ValueError, match="adapter of a, which is no layer"):
         merged({"b.weight": weights["b.weight"]}, adapters, 1.0)
+
+
+@pytest.mark.parametrize("harm", ["cut", "flipped"])
+def test_a_checkpoint_that_was_harmed_is_not_exported(harm: str, tmp_path: Path) -> None:
+    """Where it is named itself, as a snapshot is; of a run, the newest whole one would be taken."""
+    save_run("edm", tmp_path)
+    (checkpoint,) = (tmp_path / "run/checkpoints").iterdir()
+    file = checkpoint / "average.safetensors"
+    content = bytearray(file.read_bytes())
+    if harm == "cut":
+        del content[200:]
+    else:
+        content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"is not whole, or not what was written \(state\.json"):
+        export_student(checkpoint, tmp_path / "exported")
+    with pytest.raises(ValueError, match="has no checkpoint yet"):
+        export_student(tmp_path / "run", tmp_path / "exported")

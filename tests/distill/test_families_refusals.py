@@ -202,6 +202,42 @@ def test_embeddings_of_another_family_and_of_other_text_encoders(place: Path, sa
 
 
 @pytest.mark.slow
+def test_a_dry_run_refuses_what_the_run_would(place: Path) -> None:
+    encode(place, "teacher")
+    encoded = ("--prompts.file", "null", "--prompts.encoded", "encoded")
+    few = ("--real.name", "teacher", "--real.count", 1, "--divergence.name", "jensen-shannon")
+    latents = ("--prompts.file", "null", "--real.name", "encoded", "--real.encoded", "encoded")
+    adapters = ("--student.lora.rank", 2, "--memory.ema", "cpu")
+    for options, *parts in (
+        ((*encoded, "--teacher.guidance", 2.0, "--teacher.negative_prompt", "x"), "teacher.negative_prompt", "encoded"),
+        ((*latents, "--divergence.name", "jensen-shannon"), "real.encoded: encoded has no latents"),
+        (few, "real.count: 1 is less than one for each of"),
+        ((*few[:-3], 9, *few[-2:], "--memory.accumulation", 2), "divergence.normalise: over parts of one sample"),
+        (adapters, "memory.ema: cpu"),
+    ):
+        refused(place, *parts, options=options)
+        refused(place, *parts, options=(*options, "--dry-run"))
+    away = distill("train", "--config", "config.yaml", *latents[:-1], "away", "--dry-run", cwd=place)
+    assert away.code == 0, away.err
+    assert "real.encoded: away is not here, so no latents were read" in away.out
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_the_words_that_it_began_with(place: Path) -> None:
+    result = distill("train", "--config", "config.yaml", "--steps", 1, cwd=place)
+    assert result.code == 0, result.err
+    words = (place / "prompts.txt").read_text()
+    (place / "prompts.txt").write_text(words.upper())
+    refused(
+        place,
+        "--resume: prompts.file: its files are not those that student began with",
+        options=("--resume", "--steps", 1),
+    )
+    (place / "prompts.txt").write_text(words)
+    assert distill("train", "--config", "config.yaml", "--resume", "--steps", 1, cwd=place).code == 0
+
+
+@pytest.mark.slow
 def test_a_checkpoint_of_another_family(place: Path, saved: Path) -> None:
     result = distill("train", "--config", "config.yaml", "--steps", 1, cwd=place)
     assert result.code == 0, result.err

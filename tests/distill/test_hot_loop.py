@@ -1,8 +1,8 @@
-"""Between two lines of metrics nothing waits for the device: no value of a tensor on it is read.
+"""Between two lines of metrics nothing waits for the device: no value of a tensor on it is read, no copy to it waits.
 
 Without an accelerator the device is `meta`: its tensors have shapes and no values, so that whatever asks for a value
-(.item(), .cpu(), bool(), a mask as an index, clipping in Python) is seen, and cannot go on. What this cannot see is a
-copy to the device that waits; on a GPU torch itself raises for both.
+(.item(), .cpu(), bool(), a mask as an index, clipping in Python) is seen, and cannot go on. A copy to the device that
+is not said to be `non_blocking` is seen too, and a tensor that is made of numbers there. On a GPU torch itself raises.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -33,11 +34,26 @@ from samplers import Guided, NetworkDenoiser, SampleNoise
 from samplers.adapters import EDM
 from tests.distill.tiny import SIGMA_DATA, unet
 
+MADE_OF_NUMBERS = (torch.tensor, torch.as_tensor, torch.asarray, torch.scalar_tensor)
 READING = ("_local_scalar_dense", "nonzero", "equal", "masked_select", "unique", "_unique2")
 
 
+class Numbers(TorchFunctionMode):
+    """Notes every tensor on `device` that is made of Python's numbers, or of a tensor elsewhere, as by a copy."""
+
+    def __init__(self, device: str, found: list[str]) -> None:
+        super().__init__()
+        self.device, self.found = device, found
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        where = (kwargs or {}).get("device")
+        if func in MADE_OF_NUMBERS and where is not None and torch.device(where).type == self.device:
+            self.found.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
 class Reads(TorchDispatchMode):
-    """Notes every operation that needs a value of a tensor on `device`."""
+    """Notes every operation that needs a value of a tensor on `device`, or copies to it and waits."""
 
     def __init__(self, device: str) -> None:
         super().__init__()
@@ -49,6 +65,10 @@ class Reads(TorchDispatchMode):
         there = [t.device.type == self.device for t in tensors]
         copies = name == "_to_copy" and any(there) and (kwargs or {}).get("device", tensors[0].device).type == "cpu"
         copies |= name == "copy_" and there == [False, True]
+        to = torch.device((kwargs or {}).get("device") or "cpu").type
+        waits = name == "_to_copy" and there == [False] and to == self.device
+        waits |= name == "copy_" and there == [True, False]
+        copies |= waits and not ((kwargs or {}).get("non_blocking") or (len(args) > 2 and args[2]))
         masks = name in ("index", "index_put_") and any(t.dtype == torch.bool for t in tensors[1:])
         if copies or ((name in READING or masks) and any(there)):
             self.found.append(name)
@@ -68,7 +88,7 @@ def nothing_read(device: str) -> Iterator[None]:
         return
     reads = Reads(device)
     try:
-        with reads:
+        with reads, Numbers(device, reads.found):
             yield
     except (RuntimeError, NotImplementedError) as error:
         raise AssertionError(f"{reads.found}: {error}") from error
@@ -158,6 +178,9 @@ READINGS: dict[str, Callable[[Tensor], object]] = {
     "mask": lambda x: x[x > 0],
     "copy": lambda x: torch.zeros(3).copy_(x),
     "nonzero": lambda x: x.nonzero(),
+    "to": lambda x: torch.zeros(3).to(x.device),
+    "filled": lambda x: x.copy_(torch.zeros(3)),
+    "number": lambda x: torch.as_tensor(1.0, device=x.device),
 }
 
 

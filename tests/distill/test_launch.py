@@ -1,5 +1,6 @@
 """What a launcher may ask for: bfloat16, compiled networks; refused where it is not supported or not here."""
 
+from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,20 @@ from torch import Tensor, nn
 
 from distill.config import Teach, Train
 from distill.launch import check_launch, launched
+from distill.together import PATIENCE
 from tests.distill.runs import FSDP, launch
 from tests.distill.sharded_ranks import Learner
 from tests.distill.tiny import TEACH, TRAIN, write_config
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
+
+def test_processes_wait_for_hours() -> None:
+    """The library's own limit is ten minutes on GPUs, in which a large checkpoint is not written."""
+    handler = launched(train()).init_handler
+    assert handler is not None
+    assert handler.timeout == PATIENCE >= timedelta(hours=1)
+    assert "backend" not in handler.to_kwargs()  # which is the device's
 
 
 def train(**changes: Any) -> Train:

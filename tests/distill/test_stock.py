@@ -15,6 +15,7 @@ from diffusers import (
     EDMDPMSolverMultistepScheduler,
     EDMEulerScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
 )
 from einops import rearrange
 from torch import Tensor
@@ -55,6 +56,7 @@ PIXELS: dict[str, Callable[[], Any]] = {
     "ddpm-v": lambda: DDPMScheduler(prediction_type="v_prediction", beta_schedule="squaredcos_cap_v2"),
     "ddpm-sample": lambda: DDPMScheduler(prediction_type="sample", beta_schedule="sigmoid"),
     "zero-terminal": zero_terminal,
+    "euler-linear-zero-terminal": lambda: EulerDiscreteScheduler(rescale_betas_zero_snr=True),
     "euler-zero-terminal": odd_euler,
 }
 LATENTS: dict[str, Callable[[], Any]] = {
@@ -216,12 +218,32 @@ def test_the_stock_scheduler_refuses_more_steps_than_the_student_has() -> None:
         (PIXELS["ddpm"], 0.0101, 1, "timestep 0 of the teacher"),
         (PIXELS["ddpm"], None, 501, "student.steps: 501; student.sigma_init = 157.407 is timestep 999"),
         (PIXELS["consistency"], None, 41, "student.steps: 41; the scheduler has 40 levels"),
+        (FlowMatchEulerDiscreteScheduler, None, 1, "scheduler: FlowMatchEulerDiscreteScheduler, of flow time"),
         (PIXELS["consistency"], None, 0, "student.steps: 0; accepted are numbers from 1"),
     ],
 )
 def test_refusals(scheduler: Callable[[], Any], sigma_init: float | None, n: int, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         steps_of(pixels(scheduler()), sigma_init, n)
+
+
+def test_flow_time_has_no_pipeline_of_classes() -> None:
+    pipe = tiny_pipelines.dit()
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler()
+    with pytest.raises(ValueError, match="a DiTPipeline does not sample by it"):
+        steps_of(pipe, None, 1)
+
+
+@pytest.mark.parametrize(
+    ("size", "words"), [([8, 16], r"sample_size: \[8, 16\]; .* makes squares only"), (None, "sample_size: null")]
+)
+def test_pixels_need_the_side_of_a_square(size: Any, words: str) -> None:
+    pipe = pixels(PIXELS["ddpm"]())
+    pipe.unet.register_to_config(sample_size=size)
+    with pytest.raises(ValueError, match=words):
+        steps_of(pipe, None, 1)
+    pipe.unet.register_to_config(sample_size=[8, 8])
+    assert len(steps_of(pipe, None, 1)) == 1
 
 
 def test_continuous_euler_is_refused() -> None:

@@ -205,6 +205,22 @@ def test_a_toy_without_a_discriminator_has_no_ratio(tmp_path: Path) -> None:
     assert lines(tmp_path / "line")[0].keys() == {"step", "gap", "student_loss", "fake_loss"}
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("student.lora.rank", 2),
+        ("fake.lora.rank", 2),
+        ("memory.checkpointing", "true"),
+        ("prompts.file", "words.txt"),
+        ("prompts.height", 64),
+        ("prompts.width", 64),
+    ],
+)
+def test_a_toy_has_nothing_of_a_pipeline(tmp_path: Path, option: str, value: object) -> None:
+    result = distill("train", "--teacher.name", "ring", "--run", "run", f"--{option}", value, cwd=tmp_path)
+    assert_refused(result, option, "for teachers that are pipelines", "ring is a toy")
+
+
 def test_a_toy_is_no_pipeline(tmp_path: Path) -> None:
     """It cannot be exported nor drawn as images: one line, and nothing is written."""
     assert distill("train", "--config", write(tmp_path, LINE, steps=1), cwd=tmp_path).code == 0
