@@ -11,6 +11,7 @@ from torch import Tensor
 from distill.mismatch import empirical_denoiser, score_mismatch
 from distill.noise import MISMATCH
 from distill.student import OneStep
+from distill.teacher import Prompted
 from distill.toy import AffineStudent
 from samplers import GaussianMixture, SampleNoise
 from tests.truth import Counted, relative_error
@@ -147,3 +148,20 @@ def test_a_measurement_repeats_itself_and_leaves_no_graph() -> None:
     one, other = (score_mismatch({"a": gaussian(0.0, 1.0)}, OneStep(network, 2.5), [0.5], n, (2,)) for n in noises)
     assert one == other
     assert all(p.grad is None for p in network.parameters())
+
+
+@pytest.mark.gpu
+def test_the_numbers_of_prompts_may_be_on_the_cpu() -> None:
+    """As a batch of prompts has them, beside embeddings on the device."""
+
+    def conditions(noise: SampleNoise, device: Any) -> Prompted:
+        cond = Prompted(mean=noise.integers(2, device))
+        cond.numbers = cond["mean"].cpu()
+        return cond
+
+    def denoise(x: Tensor, sigma: Tensor, cond: Any = None) -> Tensor:
+        return 3.0 * cond["mean"][:, None] + 0.5 * x / sigma.reshape(-1, 1)
+
+    student, noise = OneStep(AffineStudent(2, SCALE).to("cuda"), 2.5), SampleNoise(0, range(600), MISMATCH)
+    values = score_mismatch({"any": denoise}, student, [1.0], noise, (2,), conditions, "cuda")["any"]
+    assert math.isfinite(values[0])
