@@ -1,5 +1,6 @@
 """The networks of a run as `distill train` would build them, on the meta device: sizes and refusals without weights."""
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -8,10 +9,12 @@ import torch
 
 from distill.budget import Networks
 from distill.config import Train
+from distill.data import Images
 from distill.discriminator import Discriminator
 from distill.encoded import Encoded
 from distill.folders import pipeline_folder, read_facts
 from distill.hardware import Hardware
+from distill.ratio import real_images, real_rows
 from distill.skeleton import META, Skeleton, check_weights, read_skeleton
 from distill.source import null_of, read_prompts_of
 from distill.subject import Subject, check_fit, subject_of
@@ -52,7 +55,22 @@ def blueprint(config: Train, hardware: Hardware) -> Blueprint:
     with META, torch.no_grad():
         features = [f.float() for f in tap.encode(read.call(1)[0])]
         heads = Discriminator(features, ratios=2 if config.target.ratio == "bridge" else 1)
-    return Blueprint(Networks(skeleton, student, fake, heads, tap), teacher, subject, (low, high))
+    return Blueprint(
+        Networks(skeleton, student, fake, heads, tap, _real(config, subject)), teacher, subject, (low, high)
+    )
+
+
+def _real(config: Train, subject: Subject) -> float:
+    """Bytes of a run's real samples in memory, as far as they are here. Raises ValueError for those that do not fit."""
+    real, size = config.real, math.prod(subject.shape)
+    if real.name == "teacher":
+        return 4.0 * real.count * size
+    if real.name == "encoded" and subject.rows is not None:
+        real_rows(subject, META)
+    if real.name == "data" and (subject.latent or real.data.path is None or Path(real.data.path).exists()):
+        found = real_images(config, subject)
+        return float(len(found) * size * (4 if isinstance(found, Images) else 1))
+    return 0.0
 
 
 def _prompts(config: Train) -> tuple[Encoded | None, tuple[str, ...] | None]:

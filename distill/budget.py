@@ -24,7 +24,8 @@ _FLOAT, _ADAM = 4, 8  # bytes of a weight, and of its two moments
 class Networks:
     """The networks of a run, on meta. teacher: frozen, in its dtype. student, fake: as they are trained.
 
-    heads: of the discriminator; tap: where they read, in the network that `config.discriminator.features` names.
+    heads: of the discriminator; tap: where they read, in the network that `config.discriminator.features` names. real:
+    bytes of the real samples, which every process holds.
     """
 
     teacher: Skeleton
@@ -32,6 +33,7 @@ class Networks:
     fake: Skeleton
     heads: nn.Module | None = None
     tap: Tap | None = None
+    real: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -169,6 +171,7 @@ def _held(config: Train, networks: Networks, launch: Hardware) -> dict[str, floa
         held["buckets of gradients (DDP)"] = float(_FLOAT * (sum(trained) + heads))
     copies = {"nodes": 1, "score-interpolation": 1, "weight-interpolation": 2}.get(config.target.name, 0)
     held["path"] = copies * float(_FLOAT * sum(p.numel() for p in networks.teacher.network.parameters()))
+    held["real samples"] = networks.real
     if networks.teacher.vae is not None:
         held["VAE"] = float(sum(p.nbytes for p in networks.teacher.vae.parameters()))
     return {name: size for name, size in held.items() if size}

@@ -76,6 +76,13 @@ class ImageFiles:
         """What to call an image in a message."""
         return str(self.files[number])
 
+    def load(self) -> Images:
+        """All of them in memory, uint8. Raises ValueError, naming the file, for one that cannot be read."""
+        levels = torch.empty(len(self), *self.shape, dtype=torch.uint8)
+        for row, file in zip(levels, self.files, strict=True):
+            row.copy_(_read(file, self.size, self.channels))
+        return Images(levels, self.labels, self.classes)
+
 
 def continuous(images: Tensor) -> Tensor:
     """Levels 0 .. 255 as numbers in [-1, 1], float32; images of floating point as they are."""
@@ -111,11 +118,7 @@ def _digits() -> tuple[Tensor, Tensor, Tensor]:
 
 def folder(path: str | Path, size: int, channels: int = 3) -> Images:
     """Every image below `path`, in memory: what `image_files` finds, [N, channels, size, size], uint8."""
-    found = image_files(path, size, channels)
-    levels = torch.empty(len(found), *found.shape, dtype=torch.uint8)
-    for row, file in zip(levels, found.files, strict=True):
-        row.copy_(_read(file, size, channels))
-    return Images(levels, found.labels, found.classes)
+    return image_files(path, size, channels).load()
 
 
 def image_files(path: str | Path, size: int, channels: int = 3) -> ImageFiles:

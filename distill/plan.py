@@ -70,14 +70,9 @@ def _of_pipeline(config: Train, built: Blueprint) -> list[str]:
     networks, teacher, steps = built.networks, built.teacher, built.subject.steps
     assert steps is not None, "a pipeline's student has some"
     lines = [_shape(teacher.shape, *built.levels)]
-    if config.real.name in ("data", "encoded"):
-        of_images = config.real.name == "data"
-        path = config.real.data.path if of_images else config.real.encoded
-        if path is None or Path(path).exists():
-            real_samples(config, built.subject, Accelerator())
-        else:
-            key, what = ("data.path", "images were") if of_images else ("encoded", "latents were")
-            lines.append(f"real.{key}: {path} is not here, so no {what} read")
+    for key, path in (("data.path", config.real.data.path), ("encoded", config.real.encoded)):
+        if path is not None and not Path(path).exists():
+            lines.append(f"real.{key}: {path} is not here, so it was not looked at")
     network = networks.teacher.network
     lines.append(
         f"teacher: {networks.teacher.kind}, {type(network).__name__} with {type(teacher.scheduler).__name__}, "

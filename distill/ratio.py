@@ -14,7 +14,7 @@ from distill.adversary import Adversary, FakeHeads, TeacherHeads
 from distill.discriminator import Discriminator
 from distill.noise import uncovered
 from distill.progress import note
-from distill.real import RealImages, RealMixture, RealRows, check_classes, teacher_samples
+from distill.real import RealImages, RealMixture, RealRows, check_classes, tables_of, teacher_samples
 from distill.sections import Data
 from distill.subject import Subject
 from distill.taps import Tap
@@ -32,20 +32,32 @@ def real_samples(config: schemas.Train, subject: Subject, accelerator: Accelerat
     if subject.mixture is not None:
         return RealMixture(subject.mixture, accelerator.device)
     if config.real.name == "encoded":
-        assert subject.rows is not None, "read with the subject"
-        check_classes(subject.rows.classes, subject.classes)
-        return RealRows(subject.rows, subject.shape, subject.n_conditions, accelerator.device)
+        return real_rows(subject, accelerator.device)
     elif config.real.name == "data":
-        if subject.latent:
-            raise ValueError(
-                "real.name: data; the teacher samples latents: accepted are encoded (`distill encode` makes latents of "
-                "images) and teacher"
-            )
-        images = images_of(config.real.data)
-        check_classes(images.classes, subject.classes)
+        found = real_images(config, subject)
+        images = found if isinstance(found, data.Images) else found.load()
     else:
         images = teacher_samples(config, subject, accelerator)
     return RealImages(images, subject.shape, subject.n_conditions, accelerator.device)
+
+
+def real_rows(subject: Subject, device: torch.device) -> RealRows:
+    assert subject.rows is not None, "read with the subject"
+    check_classes(subject.rows.classes, subject.classes)
+    return RealRows(subject.rows, subject.shape, subject.n_conditions, device)
+
+
+def real_images(config: schemas.Train, subject: Subject) -> data.Images | data.ImageFiles:
+    """The images that a configuration names, not yet read. Raises ValueError for those that do not fit the subject."""
+    if subject.latent:
+        raise ValueError(
+            "real.name: data; the teacher samples latents: accepted are encoded (`distill encode` makes latents of "
+            "images) and teacher"
+        )
+    found = _unread(config.real.data)
+    check_classes(found.classes, subject.classes)
+    tables_of(found, subject.shape, subject.n_conditions)
+    return found
 
 
 def untrained_heads(config: schemas.Train, subject: Subject, device: torch.device) -> Discriminator | None:
@@ -150,6 +162,11 @@ def tell(config: schemas.Train, low: float, high: float, parts: int) -> None:
 
 
 def images_of(config: Data) -> data.Images:
+    found = _unread(config)
+    return found if isinstance(found, data.Images) else found.load()
+
+
+def _unread(config: Data) -> data.Images | data.ImageFiles:
     if config.name == "digits":
         return data.digits("train")
-    return data.folder(str(config.path), config.size, config.channels)
+    return data.image_files(str(config.path), config.size, config.channels)

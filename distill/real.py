@@ -18,7 +18,7 @@ from torch import Tensor
 
 from distill import checkpoint
 from distill.config import Train
-from distill.data import Images, continuous
+from distill.data import ImageFiles, Images, continuous
 from distill.encoded import LATENTS, MANIFEST, Encoded, encoder_facts
 from distill.folders import FACTS, network_part, pipeline_folder
 from distill.latents import schedule
@@ -46,11 +46,9 @@ class RealImages:
     def __init__(
         self, images: Images, shape: tuple[int, ...], n_conditions: int | None, device: torch.device | str = "cpu"
     ) -> None:
-        if images.shape != tuple(shape):
-            raise ValueError(f"real.data: its images are {list(images.shape)}, the teacher's {list(shape)}")
+        tables = tables_of(images, shape, n_conditions)
         self._tables: dict[torch.device, tuple[Tensor, ...]] = {}
-        if n_conditions is not None:
-            tables = _by_class(images.labels, n_conditions)
+        if tables:
             for place in {torch.device("cpu"), torch.device(device)}:  # prompts' numbers are on the CPU
                 self._tables[place] = tuple(table.to(place) for table in tables)
         self._images = images.images.to(device)
@@ -87,6 +85,14 @@ class RealRows:
             order, starts, counts = self._classes
             numbers = order[starts[numbers] + (noise.uniform() * counts[numbers]).long()]
         return moved(self._rows.rows(numbers.tolist(), [LATENTS])[LATENTS], self._device).float()
+
+
+def tables_of(images: Images | ImageFiles, shape: tuple[int, ...], n_conditions: int | None) -> tuple[Tensor, ...]:
+    """Of images with conditions: their numbers in the order of the conditions, where each begins there, how many it
+    has. Raises ValueError as `RealImages`."""
+    if images.shape != tuple(shape):
+        raise ValueError(f"real.data: its images are {list(images.shape)}, the teacher's {list(shape)}")
+    return () if n_conditions is None else _by_class(images.labels, n_conditions)
 
 
 def check_classes(data: Sequence[str], teacher: Mapping[str, int]) -> None:

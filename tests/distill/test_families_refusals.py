@@ -219,7 +219,7 @@ def test_a_dry_run_refuses_what_the_run_would(place: Path) -> None:
         refused(place, *parts, options=(*options, "--dry-run"))
     away = distill("train", "--config", "config.yaml", *latents[:-1], "away", "--dry-run", cwd=place)
     assert away.code == 0, away.err
-    assert "real.encoded: away is not here, so no latents were read" in away.out
+    assert "real.encoded: away is not here, so it was not looked at" in away.out
 
 
 @pytest.mark.slow

@@ -97,6 +97,26 @@ def test_an_update_needs_what_the_allocator_hands_out_to_the_trainer(heads: str)
     assert sum(told.update.values()) == pytest.approx(flops(lambda: arm.step(4)), rel=0.1)
 
 
+def test_real_samples_are_held_and_not_read(place: Path) -> None:
+    """Images as bytes, which need not be images yet; the digits and the teacher's samples in float32."""
+    for label in range(10):
+        (place / f"images/{label}").mkdir(parents=True)
+        for k in range(3):
+            (place / f"images/{label}/{k}.png").write_bytes(b"not read")
+    folder = {"name": "folder", "path": str(place / "images"), "size": 8, "channels": 1}
+    for real, size in (
+        ({"name": "data", "data": folder}, 30 * 64),
+        ({"name": "data"}, 899 * 64 * 4),
+        ({"name": "teacher", "count": 50}, 50 * 64 * 4),
+    ):
+        configured = config(place / "pipeline", prompts={}, real=real)
+        assert budget(configured, networks(configured), ONE, 8).held["real samples"] == size
+    (place / "images/10").mkdir()
+    (place / "images/10/0.png").write_bytes(b"not read")
+    with pytest.raises(ValueError, match=r"real: class '2' of the data has label 3, and the teacher's 2"):
+        networks(config(place / "pipeline", prompts={}, real={"name": "data", "data": folder}))
+
+
 @pytest.mark.slow
 def test_peaks_fall_with_the_samples_at_once_and_the_most_that_fit_do(tmp_path: Path) -> None:
     configured = config(save("sd15", tmp_path / "p"), noise={}, student={"sigma_init": None})
