@@ -10,6 +10,7 @@ import resource
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -30,10 +31,17 @@ class Result:
 class Running:
     """A `distill` command at work."""
 
-    def __init__(self, arguments: tuple[object, ...], cwd: Path, file_limit: int | None = None) -> None:
+    def __init__(
+        self,
+        arguments: tuple[object, ...],
+        cwd: Path,
+        file_limit: int | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         self._streams = [cwd / f".{name}.{id(self)}" for name in ("out", "err")]
         texts = [str(argument) for argument in arguments]
-        self.process: BaseProcess = _SERVER.Process(target=_main, args=(texts, cwd, self._streams, file_limit))
+        given = (texts, cwd, self._streams, file_limit, dict(environment or {}))
+        self.process: BaseProcess = _SERVER.Process(target=_main, args=given)
         self.process.start()
 
     def kill(self) -> None:
@@ -61,7 +69,10 @@ def fresh(*command: object, cwd: Path, timeout: float = 300, **environment: str)
     return subprocess.run(words, cwd=cwd, env=environ, capture_output=True, text=True, timeout=timeout, check=False)
 
 
-def _main(arguments: list[str], cwd: Path, streams: list[Path], file_limit: int | None) -> None:
+def _main(
+    arguments: list[str], cwd: Path, streams: list[Path], file_limit: int | None, environment: dict[str, str]
+) -> None:
+    os.environ.update(environment)
     for number, file in enumerate(streams, start=1):
         descriptor = os.open(file, os.O_WRONLY | os.O_CREAT)
         os.dup2(descriptor, number)

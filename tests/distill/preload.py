@@ -6,6 +6,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import diffusers
 import matplotlib.figure  # noqa: F401
+import torch.distributed.fsdp
+import torch.distributed.tensor  # noqa: F401
 import torchvision.utils  # noqa: F401
 from sklearn.datasets import load_digits  # noqa: F401
 

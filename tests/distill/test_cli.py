@@ -279,6 +279,7 @@ def test_a_full_disk_keeps_the_network_that_an_export_needs(place: Path) -> None
     assert distill("export", "student", "exported", cwd=place).code == 0
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_no_half_exports_or_pictures(place: Path) -> None:
     assert distill("train", "--config", write_config(place, TRAIN, steps=1), cwd=place).code == 0
     before = entries(place)

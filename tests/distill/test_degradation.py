@@ -224,6 +224,7 @@ class Stage:
         return score_mismatch({"fake": self.network}, self.student, [0.2, 0.5, 1.0, 3.0], noise, (1,))["fake"]
 
 
+@pytest.mark.slow
 def test_stage_one_ends_with_a_network_that_fits_the_first_student() -> None:
     """It is a teacher at first: the same updates have taught it N(-2, 0.3^2)."""
     steps = 400

@@ -22,7 +22,7 @@ from distill.nodes import MANIFEST
 from distill.pictures import node_switches
 from distill.subject import load_subject
 from tests.distill.command import distill
-from tests.distill.runs import assert_refused, assert_same, entries, kill_somewhere, launch, lines
+from tests.distill.runs import assert_refused, assert_same, entries, forked, kill_somewhere, lines
 from tests.distill.tiny import TRAIN, save_teacher, write_config
 
 DATA = {"name": "data"}
@@ -402,7 +402,7 @@ def test_two_processes_walk_the_path_that_one_does(place: Path, kind: str) -> No
     }[kind]
     changes |= {"steps": 9, "batch_size": 16}
     one = run(place, "one", **changes)
-    text = launch(place, "train", "--config", place / "config.yaml", "--run", "two")
+    text = forked(place, "train", "--config", place / "config.yaml", "--run", "two")
     assert text.startswith("0\n"), text
     two = place / "two"
     nodes = [manifest(folder / "path")["nodes"] for folder in (one, two)]
@@ -448,6 +448,7 @@ def test_a_toy_is_taught_again_bit_for_bit_and_resumed(tmp_path: Path) -> None:
     assert (again / "model/toy.safetensors").read_bytes() == (whole / "model/toy.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_an_exact_toy_has_a_path_of_scores(tmp_path: Path) -> None:
     """Its first stage begins with an untrained network, its last target is the mixture itself."""
     found = run(tmp_path, **(EXACT | {"target": target("score-interpolation", path=None)}))

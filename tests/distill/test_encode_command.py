@@ -15,7 +15,7 @@ from distill.cli import main
 from distill.encoded import COMMON, MANIFEST, Encoded, shard_name
 from tests.distill import families
 from tests.distill.command import Result, Running, distill
-from tests.distill.runs import assert_refused, entries, launch
+from tests.distill.runs import assert_refused, entries, forked
 from tests.distill.test_encoded import pictures
 
 N = 24
@@ -112,6 +112,7 @@ def test_a_finished_folder_is_left_as_it_is(done: Path) -> None:
     assert stamps(done / "whole") == before
 
 
+@pytest.mark.slow
 def test_a_damaged_file_is_named_and_made_anew_when_it_is_gone(done: Path) -> None:
     shutil.copytree(done / "whole", done / "harmed")
     shard = done / "harmed" / shard_name(3)
@@ -239,7 +240,7 @@ def test_two_processes_make_the_same_files(done: Path) -> None:
     running.wait()
     before = stamps(done / "two")
     assert 4 <= len(before) < N // 2
-    text = launch(done, *WORK, "--out", "two")
+    text = forked(done, *WORK, "--out", "two")
     assert text.startswith("0\n"), text
     assert text.count("rows of latents") == 1, text
     assert {name: s for name, s in stamps(done / "two").items() if name in before} == before
@@ -251,7 +252,7 @@ def test_what_goes_wrong_on_the_second_process_is_said_once(done: Path, tmp_path
     (tmp_path / "pipe").symlink_to(done / "pipe")
     pictures(tmp_path / "images", N, words=True)
     (tmp_path / "images/07.png").write_bytes(b"no image")
-    text = launch(tmp_path, *WORK, "--out", "out")
+    text = forked(tmp_path, *WORK, "--out", "out")
     assert not text.startswith("0\n")
     assert text.count("distill: error: data.path: images/07.png cannot be read as an image") == 1, text
     assert sorted(stamps(tmp_path / "out")) == sorted([COMMON, *(shard_name(k) for k in (0, 1, 2))])

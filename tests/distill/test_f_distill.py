@@ -16,7 +16,7 @@ from distill.generate import load_generator
 from distill.methods import DivergenceName
 from distill.taps import Tap
 from tests.distill.command import distill
-from tests.distill.runs import assert_refused, assert_same, entries, kill_somewhere, launch, lines
+from tests.distill.runs import assert_refused, assert_same, entries, forked, kill_somewhere, lines
 from tests.distill.tiny import TRAIN, unet, write_config
 
 DATA = {"name": "data"}
@@ -198,7 +198,7 @@ def test_two_processes_learn_what_one_does(place: Path, features: str) -> None:
     changes = TWO[features] | {"discriminator": heads, "steps": 10, "batch_size": 16, "logging": logging}
     config = write_config(place, TRAIN, **changes)
     assert distill("train", "--config", config, "--run", "one", cwd=place).code == 0
-    text = launch(place, "train", "--config", config, "--run", "two")
+    text = forked(place, "train", "--config", config, "--run", "two")
     assert text.startswith("0\n"), text
     one, two = lines(place / "one"), lines(place / "two")
     assert [line["step"] for line in two] == list(range(1, 11))
@@ -217,6 +217,7 @@ def parameters(file: Path) -> int:
     return sum(tensor.numel() for tensor in load_file(file).values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["pipeline", "ring"])
 def test_a_dry_run_says_what_a_run_does_and_writes_nothing(place: Path, kind: str) -> None:
     changes = RING if kind == "ring" else {}

@@ -7,7 +7,7 @@ import pytest
 
 from tests.distill import families
 from tests.distill.command import distill
-from tests.distill.runs import DDP, FSDP, launch, lines
+from tests.distill.runs import DDP, FSDP, forked, lines
 from tests.distill.tiny import write_config
 
 # One of each network class and kind of coordinates; tests/distill/test_processes.py has Stable Diffusion and Flux.
@@ -37,7 +37,7 @@ def test_two_processes_agree_with_one(name: str, how: tuple[object, ...], tmp_pa
     config = write_config(tmp_path, base)
     one = distill("train", "--config", config, "--run", "one", cwd=tmp_path)
     assert one.code == 0, one.err
-    text = launch(tmp_path, "train", "--config", config, "--run", "two", kind=how)
+    text = forked(tmp_path, "train", "--config", config, "--run", "two", kind=how)
     assert text.startswith("0\n"), text
     logged, found = lines(tmp_path / "one"), lines(tmp_path / "two")
     assert [line["step"] for line in found] == [1, 2, 3, 4, 5]

@@ -39,6 +39,7 @@ def test_a_stock_pipeline_makes_pictures_of_a_family(name: str, tmp_path: Path, 
         assert np.abs(first[1] - second[1]).max() > 2e-3  # the words decide
 
 
+@pytest.mark.slow
 def test_a_folder_names_the_classes_of_published_ones(tmp_path: Path) -> None:
     folder = families.save("sdxl", tmp_path / "sdxl")
     index = json.loads((folder / "model_index.json").read_text())

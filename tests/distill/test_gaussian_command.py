@@ -26,7 +26,7 @@ from samplers import SampleNoise
 from samplers.bound import KEPT_NUMBERS, Bound, kept_count
 from samplers.gaussian import Gaussian
 from tests.distill.command import Running, distill, fresh, processor_time
-from tests.distill.runs import assert_refused, entries, launch
+from tests.distill.runs import assert_refused, entries, forked
 from tests.truth import relative_error
 
 OUT = "stats.safetensors"
@@ -418,6 +418,7 @@ def live_bytes() -> int:
     return sum(storages.values())
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_images() -> None:
     config = FitGaussian(out=OUT)
     gc.collect()
@@ -462,7 +463,7 @@ def test_two_processes_fit_what_one_does(tmp_path: Path) -> None:
     for words in (("--classes", "true"), ("--pipeline", "pipe", "--flip", "true")):
         shared = (*FOLDER[:-1], "one.safetensors", "--batch", 4, *words)
         assert distill("gaussian", *shared, cwd=tmp_path).code == 0
-        text = launch(tmp_path, "gaussian", *shared, "--out", "two.safetensors")
+        text = forked(tmp_path, "gaussian", *shared, "--out", "two.safetensors")
         assert text.startswith("0\n"), text
         assert text.count("samples of [") == 1, text
         one, two = (Gaussian.load(tmp_path / f"{name}.safetensors") for name in ("one", "two"))
@@ -482,7 +483,7 @@ def test_two_processes_fit_what_one_does(tmp_path: Path) -> None:
 def test_what_goes_wrong_on_the_second_process_is_said_at_once(tmp_path: Path) -> None:
     pictures(tmp_path / "images", 40)
     (tmp_path / "images/0005.png").write_bytes(b"no image")
-    text = launch(tmp_path, "gaussian", *FOLDER, "--batch", 4)
+    text = forked(tmp_path, "gaussian", *FOLDER, "--batch", 4)
     assert not text.startswith("0\n")
     assert text.count("distill: error: data.path: images/0005.png cannot be read as an image") == 1, text
     assert "image 8/40" not in text

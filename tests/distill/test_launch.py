@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from distill.config import Teach, Train
 from distill.launch import check_launch, launched
 from distill.together import PATIENCE
-from tests.distill.runs import FSDP, launch
+from tests.distill.runs import FSDP, forked
 from tests.distill.sharded_ranks import Learner
 from tests.distill.tiny import TEACH, TRAIN, write_config
 
@@ -100,7 +100,7 @@ def test_what_networks_that_are_shared_out_cannot_do_is_refused_once(
     place: Path, command: str, changes: dict[str, Any], message: str
 ) -> None:
     config = write_config(place, TRAIN if command == "train" else TEACH, **changes)
-    text = launch(place, command, "--config", config, "--run", "refused", kind=FSDP)
+    text = forked(place, command, "--config", config, "--run", "refused", kind=FSDP)
     assert text.count(message) == 1, text
     assert not (place / "refused").exists()
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from distill import checkpoint
 from tests.distill import families
 from tests.distill.command import distill
-from tests.distill.runs import DDP, FSDP, assert_same, launch, launcher, lines
+from tests.distill.runs import DDP, FSDP, assert_same, forked, launch, launcher, lines
 from tests.distill.tiny import TEACH, TRAIN, write_config
 
 DISBACK: dict[str, Any] = {
@@ -97,7 +97,7 @@ def test_families_on_two_processes(name: str, how: tuple[object, ...], method: d
     config = write_config(tmp_path, base | {k: v for k, v in method.items() if k != "fake"} | {"student": student})
     one = distill("train", "--config", config, "--run", "one", cwd=tmp_path)
     assert one.code == 0, one.err
-    text = launch(tmp_path, "train", "--config", config, "--run", "two", kind=how)
+    text = forked(tmp_path, "train", "--config", config, "--run", "two", kind=how)
     assert text.startswith("0\n"), text
     logged, found = lines(tmp_path / "one"), lines(tmp_path / "two")
     assert [line["step"] for line in found] == [1, 2, 3, 4, 5]
@@ -135,11 +135,11 @@ def kill_all(place: Path, run: Path, how: tuple[object, ...], config: Path, unti
 def test_two_processes_that_are_killed_go_on_bit_for_bit(place: Path, how: tuple[object, ...]) -> None:
     logging = {"log_every": 1, "sample_every": 100, "checkpoint_every": 2, "keep_every": 5}
     config = write_config(place, TRAIN, steps=40, logging=logging)
-    text = launch(place, "train", "--config", config, "--run", "whole", kind=how)
+    text = forked(place, "train", "--config", config, "--run", "whole", kind=how)
     assert text.startswith("0\n"), text
     kill_all(place, place / "killed", how, config, until=17)
     assert lines(place / "killed")[-1]["step"] < 40
-    text = launch(place, "train", "--config", config, "--run", "killed", "--resume", kind=how)
+    text = forked(place, "train", "--config", config, "--run", "killed", "--resume", kind=how)
     assert text.startswith("0\n"), text
     assert_same(place / "killed", place / "whole")
     steps = [f"step-{step:08d}" for step in range(5, 41, 5)]

@@ -23,7 +23,7 @@ from distill.real import CHUNK, RealImages, RealMixture, cache_key, teacher_samp
 from distill.subject import load_subject
 from samplers import GaussianMixture, SampleNoise
 from tests.distill.command import Running, distill
-from tests.distill.runs import launch
+from tests.distill.runs import forked
 from tests.distill.tiny import TRAIN, save_teacher, write_config
 
 
@@ -311,6 +311,6 @@ def test_killed_while_samples_are_made_it_goes_on_where_it_stopped(place: Path) 
 def test_two_processes_share_the_work_and_make_the_same_samples(place: Path) -> None:
     config = write_config(place, TRAIN, steps=1, real=REAL)
     assert distill("train", "--config", config, "--real.cache", "one", "--run", "a", cwd=place).code == 0
-    text = launch(place, "train", "--config", config, "--real.cache", "two", "--run", "b")
+    text = forked(place, "train", "--config", config, "--real.cache", "two", "--run", "b")
     assert text.startswith("0\n"), text
     assert contents(place / "one") == contents(place / "two")

@@ -182,6 +182,7 @@ def test_a_toy_trains_by_the_command(config: Path, tmp_path: Path) -> None:
     assert not (run / "network").exists()  # there is no teacher to copy
 
 
+@pytest.mark.slow
 def test_an_affine_student_stays_affine(tmp_path: Path) -> None:
     config = write(tmp_path, LINE, toy={"affine": True, "spread": 0.8})
     result = distill("train", "--config", config, cwd=tmp_path)
@@ -221,6 +222,7 @@ def test_a_toy_has_nothing_of_a_pipeline(tmp_path: Path, option: str, value: obj
     assert_refused(result, option, "for teachers that are pipelines", "ring is a toy")
 
 
+@pytest.mark.slow
 def test_a_toy_is_no_pipeline(tmp_path: Path) -> None:
     """It cannot be exported nor drawn as images: one line, and nothing is written."""
     assert distill("train", "--config", write(tmp_path, LINE, steps=1), cwd=tmp_path).code == 0

@@ -387,6 +387,7 @@ class GaussianFake(Affine):
         return self.shift + gain * (x - self.shift)
 
 
+@pytest.mark.slow
 def test_an_affine_student_and_its_fake_find_a_gaussian() -> None:
     """The whole loop, nothing exact but the target N(0.7, 0.5^2) in 8 dimensions."""
     mean = torch.full((1, 8), 0.7, dtype=torch.float64)

@@ -102,6 +102,7 @@ def test_every_network_but_the_teacher_is_trained(letter: str) -> None:
         assert not any(moved) if name == "teacher" else any(moved) if some else all(moved), name
 
 
+@pytest.mark.slow
 def test_peak_memory_is_that_of_the_graph_that_is_alive(tiny: dict[str, Arm]) -> None:
     def hold(n: int) -> dict[str, Any]:
         kept = [torch.empty(3 << 20, dtype=torch.uint8) for _ in range(2)]
@@ -113,6 +114,7 @@ def test_peak_memory_is_that_of_the_graph_that_is_alive(tiny: dict[str, Arm]) ->
     assert peak_bytes(tiny["(a)"], 1) == peak_bytes(tiny["(a)"], 3)
 
 
+@pytest.mark.slow
 def test_operations_are_those_that_torch_counts_and_those_that_are_run_again(tiny: dict[str, Arm]) -> None:
     step = partial(tiny["(a)"].step, 0)
     with FlopCounterMode(display=False) as counter:

@@ -34,6 +34,7 @@ def _fill(mebibytes: int) -> int:
     return _memory("VmHWM") - base  # freed by now
 
 
+@pytest.mark.slow
 def test_the_peak_is_what_was_resident_at_once_though_it_is_gone() -> None:
     peak = _alone(_fill, 100)
     assert 100 * 2**20 <= peak < 110 * 2**20

@@ -76,6 +76,7 @@ def test_tables_pair_by_seed_and_say_what_was_measured() -> None:
     assert "of dpmpp_2m at 16: 1.0000 ± 0.0000" in saving
 
 
+@pytest.mark.slow
 def test_what_was_measured_is_kept_and_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "CASES", ((32, 2, True),))
     monkeypatch.setattr(bench, "EVALUATIONS", (4, 8))

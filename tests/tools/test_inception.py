@@ -168,6 +168,7 @@ def test_names_say_network_weights_and_preparation(script: Path) -> None:
     assert names["inception-pytorch"] == f"inception-own-{digest}|299x299 torch-bilinear x/127.5-1|u8|f32"
 
 
+@pytest.mark.slow
 def test_pytorch_is_clean_fid_in_legacy_mode(state: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images = photographs([(32, 32), (300, 350), (64, 300)])
     save(images, tmp_path / "images")

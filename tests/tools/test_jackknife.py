@@ -25,6 +25,7 @@ def test_blocks_of_consecutive_numbers_are_of_equal_size(first: int, n: int) -> 
 
 
 @given(st.lists(st.integers(0, 2000), max_size=60))
+@pytest.mark.slow
 def test_a_block_is_a_function_of_the_number_only(numbers: list[int]) -> None:
     known = block_of(range(2001))
     found = block_of(numbers)

@@ -194,6 +194,7 @@ def test_sliced_wasserstein_is_the_optimal_assignment_of_projections(dim: int) -
         assert sliced_wasserstein(a, b) == pytest.approx(math.sqrt(assigned(a, b)), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_sliced_wasserstein_of_two_gaussians() -> None:
     """|m|^2 / d + (s - t)^2, squared, for N(0, s^2) and N(m, t^2); a pure shift on a line is its length, exactly."""
     d, n, slices, s, t = 3, N, 300, 1.0, 1.5

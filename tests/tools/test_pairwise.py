@@ -335,6 +335,7 @@ def test_the_precision_of_products_is_ours_inside_and_the_programs_outside() -> 
 # Statistics
 
 
+@pytest.mark.slow
 def test_the_kernel_distance_is_unbiased_and_its_interval_covers() -> None:
     """x ~ N(0, I), y ~ N(a, I): the distance of the laws is a polynomial; 200 draws."""
     d, n, repetitions = 5, 120, 200
