@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     )
     from distill.mismatch import score_mismatch
     from distill.nodes import DegradationPath
-    from distill.student import OneStep, Student
+    from distill.student import OneStep
     from distill.taps import Tap
     from distill.targets import Backtracking, Fixed, Nodes, ScoreInterpolation, WeightInterpolation
     from distill.teacher import Teacher
@@ -69,7 +69,6 @@ _HOME = {
     "OneStep": "student",
     "RatioWeight": "weights",
     "ScoreInterpolation": "targets",
-    "Student": "student",
     "Tap": "taps",
     "Teacher": "teacher",
     "TeacherHeads": "adversary",
@@ -104,7 +103,6 @@ __all__ = [
     "OneStep",
     "RatioWeight",
     "ScoreInterpolation",
-    "Student",
     "Tap",
     "Teacher",
     "TeacherHeads",

@@ -84,7 +84,8 @@ class Run:
             _write(file, yaml.safe_dump(record, sort_keys=False))
             versions = {name: version(name) for name in LIBRARIES} | {"python": platform.python_version()}
             _write(self.folder / "versions.json", json.dumps(versions, indent=1))
-            _write(kept, json.dumps(inputs, indent=1))
+            if inputs:
+                _write(kept, json.dumps(inputs, indent=1))
 
     @property
     def _checkpoints(self) -> Path:

@@ -76,14 +76,14 @@ def test_a_picture_is_turned_as_its_camera_was_and_cropped_in_the_middle(tmp_pat
     exif = Image.Exif()
     exif[0x0112] = 3
     save(tmp_path / "a.png", pixels, exif=exif)
-    image = folder(tmp_path, 8, 1).images[0, 0]
+    image = folder(tmp_path, 8, 1).read([0])[0, 0]
     assert torch.equal(image[-1], torch.ones(8))
     assert torch.equal(image[:-1], -torch.ones(7, 8))
 
     wide = np.zeros((8, 24), np.uint8)
     wide[:, 8:16] = 255
     save(tmp_path / "a.png", wide)
-    assert torch.equal(folder(tmp_path, 8, 1).images, torch.ones(1, 1, 8, 8))
+    assert torch.equal(folder(tmp_path, 8, 1).read([0]), torch.ones(1, 1, 8, 8))
 
 
 def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
