@@ -595,6 +595,7 @@ def test_the_record_of_a_path_is_no_configuration_of_a_run(recorded: Path) -> No
         assert_refused(result, "path/config.yaml: is the record of a path")
 
 
+@pytest.mark.slow
 def test_a_toys_network_of_another_mixture_or_a_harmed_one_is_refused(tmp_path: Path) -> None:
     config = write_config(tmp_path, DISBACK, **RING)
     result = distill("train", "--config", config, cwd=tmp_path)
@@ -614,6 +615,7 @@ def test_a_toys_network_of_another_mixture_or_a_harmed_one_is_refused(tmp_path: 
 SPREADS: list[dict[str, Any]] = [{"toy": {"hidden": 8, "layers": 2, "spread": spread}} for spread in (1.0, 2.0)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("first", "second", "kind"),
     [

@@ -14,6 +14,7 @@ from tests.distill import families
 from tests.distill.command import distill
 from tests.distill.runs import assert_refused, entries
 from tests.distill.tiny import write_config
+from tests.some import some
 
 TRAIN: dict[str, Any] = {
     "command": "train",
@@ -129,11 +130,7 @@ FOLDERS: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
 QUICK = ("unknown", "null VAE", "other names", "latin")  # the others are slow
 
 
-def some(cases: dict[str, Any]) -> list[Any]:
-    return [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in cases]
-
-
-@pytest.mark.parametrize("harm", some(FOLDERS))
+@pytest.mark.parametrize("harm", some(FOLDERS, QUICK))
 def test_a_folder_that_is_no_whole_pipeline_of_a_known_family(harm: str, place: Path) -> None:
     do, parts = FOLDERS[harm]
     do(place)
@@ -150,7 +147,7 @@ PROMPTS: dict[str, tuple[str, bytes, tuple[str, ...]]] = {
 }
 
 
-@pytest.mark.parametrize("case", some(PROMPTS))
+@pytest.mark.parametrize("case", some(PROMPTS, QUICK))
 def test_a_file_of_prompts_that_is_none(case: str, place: Path) -> None:
     name, content, parts = PROMPTS[case]
     (place / name).write_bytes(content)

@@ -1,6 +1,5 @@
 """Students of every family by their folders: the pictures of the stock pipeline, from the run and from the export."""
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from samplers import SampleNoise
 from tests.distill import families
 from tests.distill.command import distill
 from tests.distill.student_runs import load, save_run
+from tests.some import some
 from tests.truth import relative_error
 from tools.sources import SourceSettings, open_source
 
@@ -24,10 +24,6 @@ pytestmark = [
 ]
 SEED, INDICES = 5, [1, 2, 5]
 FEW = ("ddpm", "edm-classes", "sd15", "sdxl", "dit", "pixart", "sd3", "flux")
-
-
-def slow_but(names: Iterable[str], *fast: str) -> list[Any]:
-    return [pytest.param(name, marks=() if name in fast else pytest.mark.slow, id=name) for name in names]
 
 
 @pytest.fixture
@@ -73,7 +69,16 @@ def test_one_step_is_the_stock_pipelines(name: str, tmp_path: Path, words: Path)
     assert ((theirs > 0) & (theirs < 1)).float().mean() > 0.2
 
 
-@pytest.mark.parametrize("name", slow_but(FEW, "flux", "dit"))
+@pytest.mark.parametrize(
+    "name",
+    some(
+        FEW,
+        (
+            "flux",
+            "dit",
+        ),
+    ),
+)
 def test_a_run_and_its_export_make_the_same_whatever_the_batch(name: str, tmp_path: Path, words: Path) -> None:
     steps = 3
     save_run(name, tmp_path, steps=steps)

@@ -33,6 +33,7 @@ from distill.weights import RatioWeight
 from samplers import Guided, NetworkDenoiser, SampleNoise
 from samplers.adapters import EDM
 from tests.distill.tiny import SIGMA_DATA, unet
+from tests.some import some
 
 MADE_OF_NUMBERS = (torch.tensor, torch.as_tensor, torch.asarray, torch.scalar_tensor)
 READING = ("_local_scalar_dense", "nonzero", "equal", "masked_select", "unique", "_unique2")
@@ -158,10 +159,9 @@ CASES: list[dict[str, Any]] = [
     {"walks": True},
     {"steps": 2, "parts": 2},
 ]
-DEFAULT = [pytest.param(case, marks=() if n == 0 else pytest.mark.slow, id=str(case)) for n, case in enumerate(CASES)]
 
 
-@pytest.mark.parametrize("case", DEFAULT)
+@pytest.mark.parametrize("case", some(CASES, ids=str))
 def test_no_update_reads_the_device(case: dict[str, Any]) -> None:
     stepper, updates = trainer("meta", **case), 3 if "walks" in case else 2
     with nothing_read("meta"):

@@ -17,6 +17,7 @@ from distill.skeleton import META, Skeleton, read_skeleton
 from tests.distill import published
 from tests.distill.families import save
 from tests.distill.tiny import TRAIN, save_teacher, write_config
+from tests.some import some
 
 ONE = Hardware()
 PARAMETERS = {  # as their publishers count them
@@ -33,7 +34,7 @@ def config(path: object, **changes: Any) -> Train:
     return Train.model_validate(TRAIN | {"teacher": {"path": str(path)}} | prompts | changes)
 
 
-@pytest.mark.parametrize("name", [LARGE[0], *(pytest.param(name, marks=pytest.mark.slow) for name in LARGE[1:])])
+@pytest.mark.parametrize("name", some(LARGE))
 def test_a_published_model_is_built_without_weights_or_memory(name: str, tmp_path: Path) -> None:
     skeleton = read_skeleton(published.save(name, tmp_path / name))
     parameters = list(skeleton.network.parameters())
@@ -69,7 +70,8 @@ def networks(configured: Train, on: Hardware = ONE) -> Networks:
     return blueprint(configured, on).networks
 
 
-@pytest.mark.parametrize("heads", ["teacher", pytest.param("fake", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("heads", ["teacher", "fake"])
 def test_an_update_needs_what_the_allocator_hands_out_to_the_trainer(heads: str) -> None:
     """The trainer's own update, on a UNet of 1.6 million weights, heads on either encoder; peaks beside weights and
     optimizers agree to a quarter, where the student's graph alone is three quarters."""

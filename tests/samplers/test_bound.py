@@ -85,6 +85,7 @@ def test_rest_directions_count_as_those_with_components_do(n_classes) -> None:
     assert bound_of(x.float(), gaussian(3, n_classes), labels, LEVELS).kl == pytest.approx(full, rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rotated", [False, True])
 def test_the_bound_lies_above_the_kl_of_the_truth_to_a_gaussian_fitted_to_few_samples(rotated) -> None:
     """At every level and for the very samples of the fit; KL by log-densities, of which four standard errors."""

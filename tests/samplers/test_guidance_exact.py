@@ -16,6 +16,7 @@ from samplers.particles import Resampling
 from samplers.targets import geometric_average
 from samplers.weighted_path import Corrector
 from tests.samplers.guided_mixtures import GRID, MIXTURES, average, distance, pipeline, run
+from tests.some import some
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # what diffusers does with numpy
@@ -52,7 +53,7 @@ def distances(samples: Tensor, scale: float = SCALE) -> Tensor:
     return torch.tensor([distance(x, average(prompt, scale)) for x, prompt in zip(samples, (1, 2), strict=True)])
 
 
-@pytest.mark.parametrize("name", list(CASES))
+@pytest.mark.parametrize("name", some(CASES, ("euler-ancestral", "ddim-zero-snr", "dit-ddpm")))
 def test_the_law_is_nearer_to_the_product_by_a_factor(name) -> None:
     """Two seeds of two prompts; that of as many exact samples is about 0.1."""
     pipe, more = make(name)
@@ -74,7 +75,7 @@ def above(x: Tensor) -> Tensor:
     return torch.stack([(x > 0).double(), x.double()], -1)
 
 
-@pytest.mark.parametrize("name", ["euler-ancestral", "dit-ddpm"])
+@pytest.mark.parametrize("name", some(["euler-ancestral", "dit-ddpm"]))
 def test_resampling_before_the_move_does_not_change_the_law(name) -> None:
     """Against weights alone, in which nothing is ever resampled: every estimate within four standard errors."""
     pipe, more = make(name)

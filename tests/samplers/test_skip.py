@@ -108,6 +108,7 @@ def test_levels_a_factor_of_root_two_apart_are_enough(rotated, direction) -> Non
             assert kl == pytest.approx(float(fine_integral(rotated, point, sigma).mean()), rel=0.05)
 
 
+@pytest.mark.slow
 @both_kinds
 @both_directions
 def test_the_kl_where_the_jump_lands_is_the_tolerance(rotated, direction) -> None:

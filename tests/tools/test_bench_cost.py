@@ -85,6 +85,7 @@ def test_decoders_are_in_no_graph_but_those_that_learn(tiny: dict[str, Arm], let
     assert seen == {"teacher": [False, False], "fake": [False, False] + [True, True] * K}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("letter", EXPECTED)
 def test_every_network_but_the_teacher_is_trained(letter: str) -> None:
     arm = {arm.name.split()[0]: arm for arm in arms(TINY)}[letter]

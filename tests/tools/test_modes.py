@@ -41,6 +41,7 @@ def assert_sampled_kl(kl: float, expected: float, modes: int, slope: float = 0.0
     assert abs(kl - expected - bias) < 5 * error, (kl, expected, error)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [toy.ring, toy.grid, far_apart])
 def test_exact_samples_score_as_exact(make) -> None:
     mixture = make()

@@ -362,6 +362,7 @@ def test_the_kernel_distance_is_unbiased_and_its_interval_covers() -> None:
     assert covered == pytest.approx(0.95, abs=4 * math.sqrt(0.95 * 0.05 / repetitions))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "ratio"), [("precision", 1), ("density", 1), ("coverage", 1.1), ("recall", 1.4)])
 def test_errors_of_shares_are_the_spread_of_draws_of_the_fake_set(name: str, ratio: float) -> None:
     """Recall's is too large: a block that leaves moves the balls of the others. 60 draws know a spread to 9 %."""
