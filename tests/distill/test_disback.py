@@ -351,6 +351,7 @@ def test_the_command_says_what_waits(recorded: Path, changes: dict[str, Any], me
 SLOW_BRIDGES = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("teacher", "fake", "toy")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["exact toy", *SLOW_BRIDGES])
 def test_a_bridge_weights_on_the_way(recorded: Path, kind: str) -> None:
     """By two ratios from each head; the one to the first student's samples learns, too."""

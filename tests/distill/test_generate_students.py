@@ -52,7 +52,7 @@ def by_stock(name: str, folder: Path, shape: tuple[int, ...], call: dict[str, An
 
 
 @pytest.mark.parametrize(
-    "name", slow_but([name for name in families.FAMILIES if name != "dit"], "ddpm", "flux")
+    "name", some([name for name in families.FAMILIES if name != "dit"], ("ddpm", "flux"))
 )  # DiT takes no noise
 def test_one_step_is_the_stock_pipelines(name: str, tmp_path: Path, words: Path) -> None:
     save_run(name, tmp_path)

@@ -30,6 +30,7 @@ from tests.samplers.tiny_pipelines import (
     stable_diffusion,
     vae,
 )
+from tests.some import some
 from tests.truth import relative_error
 
 pytestmark = [
@@ -93,7 +94,7 @@ def make(name: str, case: tuple[str, dict[str, Any]] | None) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("name", "case"), CASES, ids=lambda value: value if isinstance(value, str) else value[0] if value else "stock"
+    ("name", "case"), some(CASES, 12, ids=lambda case: f"{case[0]}-{case[1][0] if case[1] else 'stock'}")
 )
 def test_fewer_calls_as_reported_and_nothing_left_behind(name, case) -> None:
     pipe = make(name, case)

@@ -141,6 +141,7 @@ def test_the_boundary_belongs_to_the_manifold_and_not_to_the_ball_of_density() -
 # Laws
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 10**6), st.integers(1, 7), st.integers(6, 40), st.integers(6, 40), st.sampled_from([2, 7, 512]))
 def test_any_sizes_and_any_tiles(seed: int, d: int, m: int, n: int, size: int) -> None:
