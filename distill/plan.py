@@ -110,7 +110,10 @@ def _needs(config: Train, networks: Networks, hardware: Hardware) -> list[str]:
     lines.append(f"memory of a process: {gib:.2f} GiB, which {verdict} into {limit:.1f} GiB{advice}")
     if networks.teacher.encoders:
         words = sum(networks.teacher.encoders.values()) * 4
-        lines.append(f"  before they are there, text encoders: {_size(words)} in float32 (none with prompts.encoded)")
+        lines.append(f"  before the networks, text encoders: {_size(words)} in float32 (none with prompts.encoded)")
+    copies = 1 + [config.student.lora.rank, config.fake.lora.rank].count(None)
+    weights = sum(p.numel() for p in networks.teacher.network.parameters())
+    lines.append(f"  on the host, while each process makes its networks: {_size(4.0 * copies * weights)}")
     return [*lines, *_time(config, needed, hardware)]
 
 

@@ -58,6 +58,7 @@ def test_sdxl_is_planned_whole_and_fits_where_adapters_share_its_weights(tmp_pat
     gib = 2_567_463_684 / 2**30
     for name, size in (("teacher", 2), ("student", 4), ("fake score", 4), ("average", 4), ("Adam", 16)):
         assert f"  {name}: {size * gib:.2f} GiB\n" in lines
+    assert f"while each process makes its networks: {12 * gib:.2f} GiB" in lines
     lora = {"rank": 64}
     adapters = config(folder, student={"sigma_init": None, "lora": lora}, fake={"lora": lora}, noise={},
                       memory={"checkpointing": True})  # fmt: skip

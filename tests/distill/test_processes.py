@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -115,7 +116,8 @@ def test_families_on_two_processes(name: str, how: tuple[object, ...], method: d
 
 
 def kill_all(place: Path, run: Path, how: tuple[object, ...], config: Path, until: int) -> None:
-    """Starts two processes and kills them and their launcher, -9, when so many lines are written."""
+    """Starts two processes and kills them and their launcher, -9, when so many lines are written. (Of the launcher's
+    group they are not; without it they would go on.)"""
     words = (sys.executable, *launcher(how), "-m", "distill.cli", "train", "--config", config, "--run", run, "--resume")
     environment = {"PYTHONPATH": str(Path(__file__).parents[2]), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     started = subprocess.Popen(
@@ -126,8 +128,11 @@ def kill_all(place: Path, run: Path, how: tuple[object, ...], config: Path, unti
     while started.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= until):
         time.sleep(0.001)
     time.sleep(random.Random(until).random() * 0.03)
-    os.killpg(started.pid, signal.SIGKILL)
+    family = psutil.Process(started.pid).children(recursive=True)
+    for process in (started, *family):
+        process.kill()
     assert started.wait() == -signal.SIGKILL
+    assert not psutil.wait_procs(family, timeout=30)[1]
 
 
 @pytest.mark.slow

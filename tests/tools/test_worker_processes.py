@@ -213,7 +213,9 @@ def test_a_command_that_is_ended_ends_its_workers_in_order(file: Path, tmp_path:
     code, said = process.wait(60), log.read_text()
     assert "Traceback" not in said
     if how == "Ctrl-C":
-        assert (code, said.splitlines()[-1]) == (130, "distill-fid: interrupted; the same command continues")
+        assert code == 130
+        # Not always the last line: multiprocessing's resource tracker may have something to say after it.
+        assert "distill-fid: interrupted; the same command continues" in said.splitlines()
     elif how == "SIGTERM":
         assert code == 128 + signal.SIGTERM
     else:
