@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import yaml
 from accelerate import Accelerator
+from filelock import FileLock, Timeout
 from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -28,6 +29,7 @@ from distill import checkpoint, pictures, sharding
 from distill.data import found_images, images_identity
 from distill.encoded import MANIFEST
 from distill.sections import Logging, Section
+from distill.together import together
 from distill.trainer import Stepper, train
 from samplers.atomic import atomic_write
 
@@ -53,7 +55,7 @@ class Run:
 
     Raises ValueError where the folder already holds a run and `resume` is off, or where the configuration of a
     resumed run has changed (it names the keys; those of `logging` and `memory` but accumulation may change), or the
-    words and images that it names.
+    words and images that it names, or where another process writes the folder.
     """
 
     def __init__(self, config: Section, resume: bool, accelerator: Accelerator) -> None:
@@ -76,9 +78,8 @@ class Run:
         known = json.loads(kept.read_text()) if kept.is_file() else inputs
         if changed := sorted(name for name in known.keys() | inputs.keys() if known.get(name) != inputs.get(name)):
             raise ValueError(f"--resume: {', '.join(changed)}: its files are not those that {self.folder} began with")
-        accelerator.wait_for_everyone()
+        self._lock = together(_claim, self.folder, accelerator, only_first=True)
         if accelerator.is_main_process:
-            self.folder.mkdir(parents=True, exist_ok=True)
             for left in self.folder.glob(".*.tmp"):  # by a run that was killed
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
             _write(file, yaml.safe_dump(record, sort_keys=False))
@@ -221,6 +222,21 @@ def _not_finite(what: str, step: int, folder: Path) -> FloatingPointError:
     return FloatingPointError(
         f"step {step}: {what}; stopped. The last good checkpoint is {kept.name if kept else 'none'}"
     )
+
+
+def _claim(folder: Path) -> FileLock:
+    """The folder, made and held until the run is let go or its process ends, however it does.
+
+    One lock a folder within a process: stage 2 resumes the run whose stage 1 it was. A launcher that is killed leaves
+    its processes at work, so a resume would write beside them.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock", is_singleton=True)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise ValueError(f"run: {folder} is being written by another process; wait for it or end it first") from None
+    return lock
 
 
 def _write(path: Path, text: str) -> None:

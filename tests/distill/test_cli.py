@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from distill import checkpoint
-from tests.distill.command import Result, distill, fresh, processor_time
+from tests.distill.command import Result, Running, distill, fresh, processor_time
 from tests.distill.runs import assert_refused, entries
 from tests.distill.tiny import TEACH, TRAIN, save_teacher, write_config
 
@@ -231,6 +232,22 @@ def test_a_run_is_not_overwritten(place: Path) -> None:
     (place / "student/config.yaml").unlink()
     assert_refused(distill("train", "--config", config, cwd=place), "holds a run already")
     assert_refused(distill("train", "--config", config, "--resume", cwd=place), "checkpoints but no config.yaml")
+
+
+def test_a_run_is_written_by_one_process_and_free_when_that_is_killed(place: Path) -> None:
+    config = write_config(place, TRAIN, steps=100_000)
+    metrics, seen = place / "student/metrics.jsonl", 0
+    for words in ((), ("--resume",)):
+        running = Running(("train", "--config", config, *words), place)
+        while running.process.is_alive() and not (metrics.exists() and metrics.stat().st_size > seen):
+            time.sleep(0.01)
+        other = distill("train", "--config", config, "--resume", cwd=place)
+        alive = running.process.is_alive()
+        running.kill()
+        assert_refused(other, "run: student is being written by another process")
+        assert alive
+        assert running.wait().code == -9
+        seen = metrics.stat().st_size
 
 
 def test_pictures_may_come_before_the_first_metrics(place: Path) -> None:

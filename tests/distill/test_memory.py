@@ -16,7 +16,7 @@ from distill.skeleton import META, check_weights, read_skeleton
 from samplers.network_call import predict
 from tests.distill.families import save
 
-ROWS = 4
+ROWS = 64  # what kernels of a CPU take for themselves, padding aside, is then little
 SIZE: dict[str, Any] = {"flux": {"height": 16, "width": 16}}
 NAMES = ("edm-classes", "sdxl")
 MORE = [pytest.param(name, marks=pytest.mark.slow) for name in ("ddpm", "dit", "sd15", "pixart", "sd3", "flux")]
@@ -83,7 +83,8 @@ def allocated(call: Any) -> int:
 
 @pytest.mark.parametrize("name", [*NAMES, *MORE])
 def test_a_pass_needs_what_the_allocator_of_a_cpu_hands_out(name: str, tmp_path: Path) -> None:
-    """Within a quarter, where a graph or its absence makes a factor of 2 to 10: tiny networks have large workspaces."""
+    """Within a quarter, where a graph or its absence makes a factor of 2 to 10. Most agree to 1 %; a convolution of 8
+    channels is padded to the vectors of some CPUs."""
     skeleton = read_skeleton(save(name, tmp_path / name), **SIZE.get(name, {}))
     part = tmp_path / name / ("unet" if (tmp_path / name / "unet").is_dir() else "transformer")
     check_weights(skeleton.network, part)

@@ -115,9 +115,8 @@ def test_families_on_two_processes(name: str, how: tuple[object, ...], method: d
     assert resumed.code == 0, resumed.err
 
 
-def kill_all(place: Path, run: Path, how: tuple[object, ...], config: Path, until: int) -> None:
-    """Starts two processes and kills them and their launcher, -9, when so many lines are written. (Of the launcher's
-    group they are not; without it they would go on.)"""
+def begin(place: Path, run: Path, how: tuple[object, ...], config: Path, until: int) -> subprocess.Popen[bytes]:
+    """Starts a launcher with two processes, and returns it when so many lines are written."""
     words = (sys.executable, *launcher(how), "-m", "distill.cli", "train", "--config", config, "--run", run, "--resume")
     environment = {"PYTHONPATH": str(Path(__file__).parents[2]), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     started = subprocess.Popen(
@@ -127,12 +126,38 @@ def kill_all(place: Path, run: Path, how: tuple[object, ...], config: Path, unti
     metrics = run / "metrics.jsonl"
     while started.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= until):
         time.sleep(0.001)
-    time.sleep(random.Random(until).random() * 0.03)
-    family = psutil.Process(started.pid).children(recursive=True)
-    for process in (started, *family):
+    return started
+
+
+def family(started: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    """A launcher's processes: not of its group, they go on without it."""
+    return psutil.Process(started.pid).children(recursive=True)
+
+
+def kill(started: subprocess.Popen[bytes], processes: list[psutil.Process]) -> None:
+    for process in (started, *processes):
         process.kill()
     assert started.wait() == -signal.SIGKILL
-    assert not psutil.wait_procs(family, timeout=30)[1]
+    assert not psutil.wait_procs(processes, timeout=30)[1]
+
+
+@pytest.mark.slow
+def test_what_a_killed_launcher_leaves_keeps_its_run(place: Path) -> None:
+    """They train on: nothing is resumed beside them."""
+    config = write_config(place, TRAIN, steps=100_000)
+    started = begin(place, place / "left", DDP, config, until=2)
+    left = family(started)
+    kill(started, [])
+    refused = forked(place, "train", "--config", config, "--run", "left", "--resume")
+    going_on = [process.is_running() for process in left]
+    kill(started, left)
+    assert all(going_on)
+    assert refused.startswith("2\n"), refused
+    assert "run: left is being written by another process" in refused
+    before = lines(place / "left")[-1]["step"]
+    started = begin(place, place / "left", DDP, config, until=before + 2)
+    kill(started, family(started))
+    assert lines(place / "left")[-1]["step"] > before
 
 
 @pytest.mark.slow
@@ -142,7 +167,9 @@ def test_two_processes_that_are_killed_go_on_bit_for_bit(place: Path, how: tuple
     config = write_config(place, TRAIN, steps=40, logging=logging)
     text = forked(place, "train", "--config", config, "--run", "whole", kind=how)
     assert text.startswith("0\n"), text
-    kill_all(place, place / "killed", how, config, until=17)
+    started = begin(place, place / "killed", how, config, until=17)
+    time.sleep(random.Random(17).random() * 0.03)
+    kill(started, family(started))
     assert lines(place / "killed")[-1]["step"] < 40
     text = forked(place, "train", "--config", config, "--run", "killed", "--resume", kind=how)
     assert text.startswith("0\n"), text

@@ -417,7 +417,8 @@ def test_a_single_step_of_schedulers_that_show_no_x0_is_an_euler_step(name, pred
     sigmas = torch.tensor([denoiser.coordinates.sigma(t), end], dtype=torch.float64)
     (expected,) = stock_states(scheduler, denoiser.network, z)
     x, scale = vp(sigmas)[0] * z, vp(sigmas)
-    assert relative_error(sample(euler, denoiser, x, sigmas), scale[1] * expected) < 1e-5  # float32 tables
+    bound = 2 * torch.finfo(torch.float32).eps * float(scale[0])  # float32 tables: 146 and less cancel to 1
+    assert relative_error(sample(euler, denoiser, x, sigmas), scale[1] * expected) < bound
 
 
 @pytest.mark.parametrize("name", [name for name in UNDERSTOOD if name.startswith("FlowMatch")])
