@@ -20,7 +20,6 @@ from distill.source import null_of, read_prompts_of
 from distill.subject import Subject, check_fit, subject_of
 from distill.taps import Tap
 from distill.teacher import Teacher, check_words
-from samplers.prompts import PIPELINES
 
 
 @dataclass(frozen=True)
@@ -37,8 +36,7 @@ def blueprint(config: Train, hardware: Hardware) -> Blueprint:
     """What a run would build, from the configurations of its teacher's folder. Raises ValueError as `train` would."""
     folder = pipeline_folder(str(config.teacher.path))
     skeleton = read_skeleton(folder, torch.float32, config.prompts.height, config.prompts.width)
-    kind = PIPELINES[skeleton.kind].network if skeleton.kind in PIPELINES else "unet"
-    check_weights(skeleton.network, folder / kind)
+    check_weights(skeleton.network, skeleton.part)
     rows, words = _prompts(config)
     teacher = _teacher(config, skeleton, rows)
     subject = subject_of(config, teacher, rows, META, "no" if hardware.autocast is None else "bf16")

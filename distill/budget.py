@@ -85,30 +85,22 @@ class _Passes:
 
 
 def _passes(skeleton: Skeleton, config: Train, launch: Hardware, rows: int) -> _Passes:
-    """Of a network that is trained. Sharded weights are gathered in low precision, so that there is no cast to keep."""
+    """Of a network that is trained. Sharded weights are gathered in float32; what autocast makes of them is kept."""
     autocast, network = launch.autocast, skeleton.network
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
-    if launch.sharded and autocast is not None:
-        nn.Module.to(network, autocast)
-        autocast = None
-    try:
-        size = next(network.parameters()).element_size()
-        call, inputs = skeleton.call(rows)
-        train = measure(
-            network,
-            call,
-            backward=True,
-            checkpointing=config.memory.checkpointing,
-            autocast=autocast,
-            accumulated=rows * launch.processes < config.batch_size,
-            inputs=inputs,
-        )
-    finally:
-        if launch.sharded:
-            nn.Module.to(network, torch.float32)
+    call, inputs = skeleton.call(rows)
+    train = measure(
+        network,
+        call,
+        backward=True,
+        checkpointing=config.memory.checkpointing,
+        autocast=autocast,
+        accumulated=rows * launch.processes < config.batch_size,
+        inputs=inputs,
+    )
     step = float(train.peak)
     if launch.sharded:  # gradients are scattered, block by block
-        step -= size * trained * (1 - 1 / launch.processes)
+        step -= _FLOAT * trained * (1 - 1 / launch.processes)
     return _Passes(train, step, 0.0 if autocast is None else float(autocast.itemsize * trained))
 
 
@@ -119,6 +111,8 @@ def _encoder(config: Train, networks: Networks, rows: int) -> dict[str, Pass]:
     of_teacher = config.discriminator.features == "teacher"
     skeleton, tap = (networks.teacher if of_teacher else networks.fake), networks.tap
     network, r1 = skeleton.network, config.discriminator.r1
+    moved = 1 if r1 and config.discriminator.r1_form == "difference" else 0
+    exact = bool(r1) and config.discriminator.r1_form == "exact"
     trained = [p for p in network.parameters() if p.requires_grad]
 
     def read(n: int, graph: str) -> Pass:
@@ -135,12 +129,11 @@ def _encoder(config: Train, networks: Networks, rows: int) -> dict[str, Pass]:
         return measure(network, features, backward=graph != "none", checkpointing=again, fused=fused, inputs=inputs)
 
     if not of_teacher:
-        found = {"forward": read(rows, "none"), "learn": read(rows, "weights")}
+        learn = read((1 + moved) * rows, "twice" if exact else "weights")
+        found = {"forward": read(rows, "none"), "learn": learn}
         for p in trained:
             p.requires_grad_(False)
     else:
-        moved = 1 if r1 and config.discriminator.r1_form == "difference" else 0
-        exact = bool(r1) and config.discriminator.r1_form == "exact"
         found = {"forward": read(rows, "none"), "learn": read((2 + moved) * rows, "twice" if exact else "none")}
     if config.adversarial_weight:
         found["pull"] = read(rows, "pull")

@@ -89,6 +89,10 @@ def _words(text: str, otherwise: str) -> str:
     stripped = text.strip()
     if not stripped:
         raise ValueError(otherwise)
+    try:
+        stripped.encode()
+    except UnicodeEncodeError as error:  # JSON can say half a character
+        raise ValueError(f"{otherwise.partition(';')[0]}, but half of a character ({error.reason})") from error
     return stripped
 
 

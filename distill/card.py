@@ -14,15 +14,12 @@ from samplers.prompts import PIPELINES
 # Their loops give the generator to the first noise only; what is added between steps is torch's global noise.
 _GLOBAL_NOISE = ("DiTPipeline", "FluxPipeline", "StableDiffusion3Pipeline")
 _TEXTS = ("text_encoder", "tokenizer")
+_UNWORDED = "unconditional-image-generation"  # the hub's tag of models of classes, too
 
 
 def _header(task: str, base: str | None = None) -> str:
     known = "" if base is None else f"base_model: {base}\n"
     return f"---\nlibrary_name: diffusers\npipeline_tag: {task}\n{known}---\n\n"
-
-
-def _task(labelled: bool) -> str:
-    return "image-generation" if labelled else "unconditional-image-generation"
 
 
 def teacher_card(config: Teach, classes: list[str]) -> str:
@@ -32,7 +29,7 @@ def teacher_card(config: Teach, classes: list[str]) -> str:
     repeated = f" % {len(classes)}" if len(classes) < 10 else ""
     cond = f", torch.arange(10){repeated}" if classes else ""
     return (
-        _header(_task(bool(classes)))
+        _header(_UNWORDED)
         + f"""# An EDM denoiser
 
 A `UNet2DModel` trained for {config.steps} updates of {config.batch_size} images on {source}: D(x, sigma) for sigma in
@@ -98,7 +95,7 @@ pipe.scheduler = {scheduler}.from_pretrained("FOLDER", subfolder="scheduler")
 def _card(student: StudentRun, loading: str) -> str:
     n, base = len(student.steps), student.hub_id
     name = "A one-step student" if n == 1 else f"A student of {n} steps"
-    task = "text-to-image" if _has_words(student) else _task(_has_labels(student))
+    task = "text-to-image" if _has_words(student) else _UNWORDED
     sections = (
         f"# {name}\n\nDistilled from {_origin(student)} by {_method(student.config)}.",
         f"## How to run\n\n```python\n{loading}\n{_call(student)}\n```\n\n{_exactness(student)}",

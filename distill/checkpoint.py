@@ -84,6 +84,11 @@ def newest(folder: Path) -> Path | None:
     return next((checkpoint for checkpoint in _folders(folder) if is_whole(checkpoint)), None)
 
 
+def identity(checkpoint: Path) -> str:
+    """What tells a whole checkpoint from others: the SHA-256 of what it says of its files."""
+    return sha256(checkpoint / "state.json")
+
+
 def load(checkpoint: Path, modules: dict[str, nn.Module], optimizers: dict[str, Optimizer]) -> int:
     """Restores networks and optimizers in place, bit for bit; returns the step.
 
@@ -121,8 +126,11 @@ def _folders(folder: Path) -> list[Path]:
 def is_whole(checkpoint: Path) -> bool:
     """Whether a checkpoint is complete and unharmed."""
     try:
-        sums = json.loads((checkpoint / "state.json").read_text())["sha256"]
-        return all(sha256(checkpoint / name) == value for name, value in sums.items())
+        state = json.loads((checkpoint / "state.json").read_text())
+        sums = state["sha256"]
+        return {"step", "param_groups"} <= state.keys() and all(
+            sha256(checkpoint / name) == value for name, value in sums.items()
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 

@@ -56,6 +56,10 @@ def main() -> None:
         if os.environ.get("DISTILL_TRACEBACK"):
             raise
         _fail(explain(error))
+    except RuntimeError as error:
+        if os.environ.get("DISTILL_TRACEBACK") or (message := _of_the_machine(error)) is None:
+            raise
+        _fail(message)
     finally:
         _leave_group()
 
@@ -111,9 +115,23 @@ def _one_line(message: str, known: list[str]) -> str:
     return f"{key}: unknown key" + (f"; the nearest known one is {near[0]}" if near else "")
 
 
+def _of_the_machine(error: RuntimeError) -> str | None:
+    """What to say of an error that is none of this library's: of too little memory, or of a launch that fell apart."""
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
+        why = " ".join(str(error).split()).partition(". ")[0]
+        return f"{why}; memory.accumulation and memory.checkpointing need less, --dry-run tells how much"
+    shared = sys.modules.get("distill.together")
+    if shared is not None and shared.left_alone(error):
+        return f"another process of the launch ended before this one ({' '.join(str(error).split())[:120]})"
+    return None
+
+
 def _fail(message: str, code: int = 2) -> NoReturn:
-    if is_first():
-        print(f"distill: error: {message}", file=sys.stderr)
+    """Tells what went wrong, in a launch once, and ends this process."""
+    shared = sys.modules.get("distill.together")
+    if is_first() if shared is None else shared.said_once(message):
+        where = "" if is_first() else f"process {os.environ['RANK']}: "
+        print(f"distill: error: {where}{message}", file=sys.stderr, flush=True)
     sys.exit(code)
 
 
@@ -178,6 +196,9 @@ def _sample_parser() -> ArgumentParser:
     parser.add_argument("--steps", type=int, default=18, help="of the sampler")
     parser.add_argument("--guidance", type=float, default=1.0, help="classifier-free guidance scale; 1 is none")
     parser.add_argument("--prompts", type=str, help="for models of words: a file of them (.txt, .csv, .jsonl)")
+    parser.add_argument("--column", type=str, default="caption", help="of a .csv or .jsonl of prompts")
+    parser.add_argument("--height", type=int, help="of a pipeline's pictures, in pixels (default its own)")
+    parser.add_argument("--width", type=int, help="as --height")
     parser.add_argument("--device", type=str, default="cpu", help="where the network runs")
     corrected = parser.add_argument_group("Feynman-Kac correctors: an exact target by weighted particles")
     corrected.add_argument("--target", type=TargetName, help="guided, annealed, product or reward")

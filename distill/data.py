@@ -144,10 +144,13 @@ def image_files(path: str | Path, size: int, channels: int = 3) -> ImageFiles:
 
 
 def found_images(root: Path) -> tuple[Path, ...]:
-    """The files of images below a folder, in the order of their paths. Raises ValueError where there are none."""
+    """The files of images below a folder, in the order of their paths, but for hidden ones. Raises ValueError where
+    there are none."""
     if not root.is_dir():
         raise ValueError(f"data.path: {root} is not a folder of images")
-    files = tuple(sorted(f for f in root.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES and f.is_file()))
+    named = (f for f in root.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES)
+    shown = (f for f in named if not any(part.startswith(".") for part in f.relative_to(root).parts))
+    files = tuple(sorted(f for f in shown if f.is_file()))
     if not files:
         raise ValueError(f"data.path: {root} has no images (looked for {', '.join(IMAGE_SUFFIXES)})")
     return files

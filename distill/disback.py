@@ -25,7 +25,7 @@ from distill.methods import Degradation
 from distill.mismatch import SAMPLES, score_mismatch
 from distill.nodes import MANIFEST, DegradationPath, Node, Weights, load_own, write_node
 from distill.noise import DEGRADATION, MISMATCH, PROBE, Share, log_normal_level
-from distill.optim import prepare
+from distill.optim import prepare, run_in
 from distill.progress import Progress, is_first
 from distill.run import Run, completed, differences, drive, read_record
 from distill.subject import Subject, checked_subject, sampled
@@ -199,7 +199,9 @@ def target(config: Train, subject: Subject, path: DegradationPath | None, accele
     if choice.name == "warm":
         return Fixed(subject.target)
 
-    network = _frozen(subject.fake, subject).to(device)
+    # In float32, as nodes may differ by less than bfloat16 tells apart; it runs as the networks that learn do.
+    network: Any = shared_copy(subject.fake).requires_grad_(False).eval().to(device)
+    run_in(accelerator, network)
     load = partial(path.weights, teacher=teacher)
     walk = walk_of(choice.name, network, load, len(path), teacher, subject.target)
     adaptive = choice.schedule == "adaptive"

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from distill import checkpoint
 from distill.config import Encode
-from distill.encoded import COMMON, FORMAT, MANIFEST, STAMP, Encoded, open_shard, shard_name
+from distill.encoded import COMMON, FORMAT, MANIFEST, STAMP, Encoded, open_shard, read_manifest, shard_name
 from distill.generate import usable_device
 from distill.progress import Progress
 from distill.rows import Rows, read_rows
@@ -124,7 +124,7 @@ def _begin(folder: Path, rows: Rows) -> tuple[list[str], dict[str, str]]:
         open_shard(folder / name, _stamp(settings))
     if not (folder / MANIFEST).is_file():
         return kept, {}
-    told = json.loads((folder / MANIFEST).read_text())["files"]
+    told = read_manifest(folder)["files"]
     return kept, {name: entry["sha256"] for name, entry in told.items()}
 
 

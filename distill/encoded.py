@@ -13,31 +13,55 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from pydantic import BaseModel, PositiveInt, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from distill import checkpoint
-from distill.folders import index_of
+from distill.folders import index_of, read_keys
 
 FORMAT = 1
 MANIFEST, COMMON = "manifest.json", "common.safetensors"
 LATENTS, MIRRORED = "latents", "mirrored"
 STAMP = "distill"  # the metadata of a shard: what it is a part of
-_FACTS = {
-    "classes",
-    "count",
-    "encoders",
-    "files",
-    "flip",
-    "negative_prompt",
-    "pipeline",
-    "rows",
-    "settings",
-    "tensors",
-    "vae",
-}
 _OPEN = 128  # shards whose files are kept open, below the 256 that some systems allow
 _BLOCK, _BLOCKS = 2**20, 16
+
+
+class _File(BaseModel):
+    bytes: int
+    sha256: str
+
+
+class _Manifest(BaseModel):
+    """What a manifest says at least."""
+
+    format: int
+    classes: list[str]
+    count: PositiveInt
+    encoders: dict[str, str]
+    files: dict[str, _File]
+    flip: bool
+    negative_prompt: str | None
+    pipeline: str
+    rows: PositiveInt
+    settings: str
+    tensors: dict[str, list[int]]
+    vae: dict[str, Any] | None
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What the manifest of `distill encode` in a folder says. Raises ValueError for one that is none."""
+    file = folder / MANIFEST
+    facts = read_keys(file, f"encoded: {file}")
+    if facts.get("format", FORMAT) != FORMAT:
+        raise ValueError(f"encoded: {file} is of format {facts['format']}; read is {FORMAT}")
+    try:
+        _Manifest.model_validate(facts, strict=True)
+    except ValidationError as error:
+        wrong = ".".join(map(str, error.errors()[0]["loc"]))
+        raise ValueError(f"encoded: {file} is not the manifest of `distill encode` ({wrong})") from error
+    return facts
 
 
 class Encoded:
@@ -63,15 +87,7 @@ class Encoded:
                 "has not finished: start `distill encode` again" if begun else f"has no {MANIFEST} of `distill encode`"
             )
             raise ValueError(f"encoded: {folder} {why}")
-        try:
-            facts = json.loads(file.read_text())
-            known = facts["format"]
-            if known == FORMAT and not facts.keys() >= _FACTS:
-                raise KeyError(*sorted(_FACTS - facts.keys()))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"encoded: {file} is not the manifest of `distill encode`") from error
-        if known != FORMAT:
-            raise ValueError(f"encoded: {file} is of format {known}; read is {FORMAT}")
+        facts = read_manifest(folder)
         for name, entry in facts["files"].items():
             size = (folder / name).stat().st_size if (folder / name).is_file() else None
             if size != entry["bytes"]:

@@ -18,10 +18,10 @@ from distill.adversary import Adversary, ScoreOnly
 from distill.average import Average
 from distill.card import teacher_card
 from distill.export import save_pipeline, teacher_scheduler
-from distill.folders import FACTS, network_part, pipeline_folder, weight_files
+from distill.folders import FACTS, network_part, part_folder, pipeline_folder, weight_files
 from distill.launch import launched
 from distill.lora import shared_copy
-from distill.noise import Share, check_log_normal, karras_level, log_normal_level
+from distill.noise import Share, check_log_normal, log_normal_level, student_level
 from distill.optim import learning_rate, prepare, replicated, student_rate
 from distill.pretrain import Pretrainer, build_unet
 from distill.ratio import (
@@ -125,6 +125,8 @@ def train(config: schemas.Train, resume: bool, progress: Progress) -> Path:
     parts = config.memory.accumulation or accelerator.gradient_accumulation_steps
     share.numbers(0, 0, parts)  # refuses parts that are not whole
     check_normalised(config, parts)
+    if parts > 1 and not config.divergence.constant:  # what is normalised over a part is not what is over another
+        config = config.model_copy(update={"memory": config.memory.model_copy(update={"accumulation": parts})})
     averaged = sharding.place(accelerator, shared_copy(subject.student).requires_grad_(False))
     walked = disback.recorded_path(config, subject)
     run = Run(config, resume, accelerator)
@@ -158,12 +160,13 @@ def train(config: schemas.Train, resume: bool, progress: Progress) -> Path:
         accelerator, subject.fake, config.fake.optimizer, fake_steps, heads=trained_heads, lr=config.discriminator.lr
     )
     average = Average(averaged, subject.student, config.student.ema, config.memory.ema)
-    student_level = partial(karras_level, config=config.noise, sigma_min=low, sigma_max=high)
+    student_levels = partial(student_level, config=config.noise, sigma_min=low, sigma_max=high)
+    fake_levels = partial(log_normal_level, config=config.fake.noise, sigma_min=low, sigma_max=high)
     modules: dict[str, nn.Module] = {"student": subject.student, "fake": subject.fake, "average": averaged}
     adversary: Adversary = ScoreOnly()
     if heads is not None and reals is not None and trained_heads is not None:
         modules["discriminator"] = heads
-        adversary = adversary_of(config, subject, heads, trained_heads, reals, starts, student_level)
+        adversary = adversary_of(config, subject, heads, trained_heads, reals, starts, student_levels)
     if isinstance(target, Backtracking):
         modules["target"] = target
     ratio_weight = None
@@ -177,8 +180,8 @@ def train(config: schemas.Train, resume: bool, progress: Progress) -> Path:
         target,
         student_update,
         fake_update,
-        student_level=student_level,
-        fake_level=partial(log_normal_level, config=config.fake.noise, sigma_min=low, sigma_max=high),
+        student_level=student_levels,
+        fake_level=student_levels if config.fake.levels == "student" else fake_levels,
         share=share,
         shape=subject.shape,
         conditions=subject.conditions,
@@ -223,12 +226,14 @@ def _keep_teacher(config: schemas.Train, folder: Path) -> None:
     Raises ValueError where a resumed run began with another teacher.
     """
     path = str(config.teacher.path)
-    names: tuple[str, ...] = ()
+    kept: dict[str, Path] = {}
     if config.teacher.name == "pipeline":
         source = pipeline_folder(path)
         part = network_part(source)
-        weights = weight_files(source / part)
-        names = ("model_index.json", f"{part}/config.json", "vae/config.json", _SCHEDULER, FACTS)
+        weights = weight_files(part_folder(source, part))
+        kept = {name: source / name for name in ("model_index.json", "vae/config.json", FACTS)}
+        kept |= {f"{part}/config.json": part_folder(source, part) / "config.json"}
+        kept |= {_SCHEDULER: part_folder(source, "scheduler") / "scheduler_config.json"}
     else:
         source = toy.teacher_folder(path)
         weights = sorted(source.glob("*.safetensors"))
@@ -238,11 +243,11 @@ def _keep_teacher(config: schemas.Train, folder: Path) -> None:
         with atomic_write(folder / HUB_ID) as file:
             file.write(path.encode())
     _keep_identity(identity, folder / "teacher.sha256", f"the weights in {source} are")
-    for name in names:
-        if (source / name).is_file():
+    for name, original in kept.items():
+        if original.is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(folder / name) as file:  # a resumed run has a good copy already
-                file.write((source / name).read_bytes())
+                file.write(original.read_bytes())
 
 
 def _keep_identity(identity: str, file: Path, what: str) -> None:

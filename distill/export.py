@@ -27,6 +27,7 @@ _PARTS = (
     *(f"{part}{k}" for part in ("text_encoder", "tokenizer") for k in ("", "_2", "_3")),
 )
 _WRITTEN = ("README.md", FACTS, "model_index.json", LORA_FILE, *_ADAPTER_FILES, *_PARTS)
+_SHARDS = "diffusion_pytorch_model.safetensors.index.json"
 _WEIGHTS = (".safetensors", ".bin", ".ckpt", ".h5", ".msgpack", ".onnx", ".onnx_data", ".pt", ".pth")
 
 
@@ -59,7 +60,7 @@ def check_replaceable(folder: Path, kind: str) -> None:
         return
     if not folder.is_dir():
         raise ValueError(f"{folder}: is a file; choose another folder")
-    held = sorted(entry.name for entry in folder.iterdir())
+    held = sorted((entry.name for entry in folder.iterdir()), key=lambda name: (name.startswith("."), name))
     foreign = [name for name in held if name not in _WRITTEN]
     if foreign:
         raise ValueError(f"{folder}: holds {foreign[0]}, which would be lost; choose another folder")
@@ -147,13 +148,19 @@ def _copied(source: Path, part: str) -> tuple[dict[str, Any], list[Path]]:
         weights = [file for file in held if file.suffix in _WEIGHTS]
         safe = [file for file in weights if is_plain_safetensors(file.name)]
         if held and (safe or not weights):
-            files += [file.relative_to(source) for file in held if file in safe or file not in weights]
+            kept = [file for file in held if file in safe or file not in weights]
+            files += [file.relative_to(source) for file in kept if not _index_of_variant(file)]
         elif name in UNUSED:
             index[name] = [None, None]
         else:
             raise ValueError(f"{source / name}: has no safetensors (without a variant), which a student needs")
     index.pop("_name_or_path", None)
     return index, files
+
+
+def _index_of_variant(file: Path) -> bool:
+    """Whether a file says which weights of a variant lie in which shard: those are not copied."""
+    return ".index." in file.name and file.name not in ("model.safetensors.index.json", _SHARDS)
 
 
 def _write_adapters(draft: Path, student: StudentRun, adapters: dict[str, Tensor]) -> str:

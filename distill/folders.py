@@ -19,6 +19,10 @@ FACTS = "distill.json"  # beside model_index.json: what a diffusers folder has n
 SUPPORTED = ("UNet2DModel",)  # networks of pixels
 UNUSED = ("feature_extractor", "image_encoder", "safety_checker")  # parts that no sample is made by
 _LIBRARIES = ("diffusers", "transformers")
+LEFT_OVER = (
+    "caption_projection.y_embedding",
+)  # in published files (PixArt), and of no use to any network of diffusers
+_VOCABULARIES = (("tokenizer.json",), ("spiece.model",), ("vocab.json", "merges.txt"))  # a tokenizer has one of these
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -89,15 +93,33 @@ def read_facts(folder: Path) -> dict[str, Any]:
 
 
 def index_of(folder: Path) -> dict[str, Any]:
-    """The model_index.json of a pipeline folder. Raises ValueError for one that is no object of JSON."""
-    return read_keys(folder / "model_index.json", f"{folder}: its model_index.json")
+    """The model_index.json of a pipeline folder: its class, and parts as [library, class], [None, None] if absent.
+
+    Raises ValueError for one that is no object of JSON, and entries of another form.
+    """
+    index = read_keys(folder / "model_index.json", f"{folder}: its model_index.json")
+    if not isinstance(name := index.get("_class_name"), str | None):
+        raise ValueError(f"{folder}: its model_index.json says _class_name: {name!r}; accepted is a name")
+    for name, part in index.items():
+        if isinstance(part, list) and not (len(part) == 2 and all(isinstance(word, str | None) for word in part)):
+            raise ValueError(f"{folder}: its model_index.json says {name}: {part}; accepted is [library, class]")
+    return index
+
+
+def part_folder(folder: Path, part: str) -> Path:
+    """Where a part of a pipeline lies: in the folder of its name, or, as the first that were published (the DDPMs of
+    2022), beside model_index.json."""
+    file = "scheduler_config.json" if part == "scheduler" else "config.json"
+    return folder if not (folder / part).is_dir() and (folder / file).is_file() else folder / part
 
 
 def read_keys(file: Path, called: str | None = None) -> dict[str, Any]:
     """A file's object of JSON. Raises ValueError, calling it `called` (None: by its name), for anything else."""
     try:
         content = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise ValueError(f"{called or f'{file}:'} cannot be read ({error.strerror})") from error
+    except ValueError as error:
         raise ValueError(f"{called or f'{file}:'} is not JSON ({error})") from error
     if not isinstance(content, dict):
         raise ValueError(f"{called or f'{file}:'} holds no keys")
@@ -136,12 +158,13 @@ def read_pipeline(folder: Path) -> tuple[Any, Any]:
     if not hasattr(diffusers, scheduler_class):
         raise ValueError(f"{folder}: its scheduler {scheduler_class} is not one of diffusers")
 
-    for part in ("unet", "scheduler"):
-        _check_there(folder / part)
-    scheduler = _read(folder / "scheduler", getattr(diffusers, scheduler_class).from_pretrained)
+    network_in, scheduler_in = (part_folder(folder, part) for part in ("unet", "scheduler"))
+    _check_there(network_in)
+    _check_there(scheduler_in)
+    scheduler = _read(scheduler_in, getattr(diffusers, scheduler_class).from_pretrained)
     if scheduler is None:  # diffusers stands a dummy in for a class that needs what is not installed
         raise ValueError(f"scheduler: {scheduler_class} needs a package that is not installed here")
-    return read_model(folder / "unet", getattr(diffusers, network_class)), scheduler
+    return read_model(network_in, getattr(diffusers, network_class)), scheduler
 
 
 def class_count(facts: dict[str, Any], labels: int | None) -> int | None:
@@ -167,9 +190,18 @@ def weight_files(part: Path) -> list[Path]:
     return [file for file in sorted(part.glob("*.safetensors")) if is_plain_safetensors(file.name)]
 
 
-def has_text_encoder(folder: Path) -> bool:
-    """Whether a pipeline folder names one."""
-    return any(name.startswith("text_encoder") and part and part[0] for name, part in index_of(folder).items())
+def unread_weights(part: Path) -> list[str]:
+    """The names of the files of weights in a part that are not read: variants, and what would be unpickled."""
+    files = (file for file in sorted(part.glob("*")) if file.suffix in (".safetensors", ".bin"))
+    return [file.name for file in files if not is_plain_safetensors(file.name)]
+
+
+def missing_text_part(folder: Path) -> str | None:
+    """The first part that a pipeline folder does not name and its class cannot embed words without."""
+    index = index_of(folder)
+    kind = PIPELINES.get(str(index.get("_class_name")))
+    needed = () if kind is None else kind.text_parts
+    return next((part for part in needed if not (index.get(part) or [None])[0]), None)
 
 
 def network_part(folder: Path) -> str:
@@ -183,10 +215,12 @@ def read_model(part: Path, kind: Any, dtype: torch.dtype | None = None) -> Any:
 
     Raises ValueError, naming the part, for files that cannot be read, and weights that are not those of the config.
     """
+    _check_weights_there(part)
     options: dict[str, Any] = {"use_safetensors": True, "low_cpu_mem_usage": False, "output_loading_info": True}
     options |= {} if dtype is None else {"torch_dtype": dtype}
     model, loaded = _read(part, kind.from_pretrained, **options)
-    wrong = [*loaded["missing_keys"], *loaded["unexpected_keys"], *loaded["mismatched_keys"]]
+    unknown = [key for key in loaded["unexpected_keys"] if key not in LEFT_OVER]
+    wrong = [*loaded["missing_keys"], *unknown, *loaded["mismatched_keys"]]
     if wrong:  # diffusers would go on with random weights
         raise ValueError(f"{part}: its weights are not those of its config.json: {wrong[0]} and {len(wrong) - 1} more")
     return model
@@ -242,10 +276,14 @@ def _part(folder: Path, library: str, name: str, text_dtype: torch.dtype) -> Any
     kind = getattr(import_module(library), name)
     is_network = isinstance(kind, type) and issubclass(kind, torch.nn.Module)
     if not is_network:
+        if "Tokenizer" in name and not any(all((folder / f).is_file() for f in files) for files in _VOCABULARIES):
+            known = ", ".join(" and ".join(files) for files in _VOCABULARIES)
+            raise ValueError(f"{folder}: is a {name} without its vocabulary; needed is one of {known}")
         with _named(folder):
             return kind.from_pretrained(folder, local_files_only=True)
     if library == "diffusers":
         return read_model(folder, kind, torch.float32).requires_grad_(False).eval()
+    _check_weights_there(folder)
     options = {"use_safetensors": True, "output_loading_info": True, "torch_dtype": text_dtype}
     with _named(folder):
         model, loaded = kind.from_pretrained(folder, local_files_only=True, **options)
@@ -259,6 +297,14 @@ def _check_there(part: Path) -> None:
     """Some readers make something empty of a folder that is not there, others look for it on the hub."""
     if not part.is_dir():
         raise ValueError(f"{part}: is missing, and model_index.json names it")
+
+
+def _check_weights_there(part: Path) -> None:
+    if not weight_files(part) and (others := unread_weights(part)):
+        raise ValueError(
+            f"{part}: has no safetensors that are read, only {others[0]} and {len(others) - 1} more: variants and "
+            "pickles are not; `save_pretrained` of the pipeline that diffusers loads writes those that are"
+        )
 
 
 @contextmanager

@@ -52,7 +52,7 @@ class Hardware:
         return cls(
             int(told("WORLD_SIZE", "1")),
             _PRECISIONS.get(told("ACCELERATE_MIXED_PRECISION", "no")),
-            told("ACCELERATE_USE_FSDP", "false").lower() == "true",
+            told("ACCELERATE_USE_FSDP", "false").lower() == "true" and int(told("WORLD_SIZE", "1")) > 1,
             int(told("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")),
             known,
             own,
@@ -69,6 +69,8 @@ class Hardware:
         unknown = [word for word in rest if word not in (*_PRECISIONS, "fsdp")]
         if unknown:
             raise ValueError(f"--hardware: {unknown[0]!r}; accepted are fsdp, {', '.join(_PRECISIONS)}")
+        if "fsdp" in rest and (found[1] or "1") == "1":
+            raise ValueError(f"--hardware: {text!r}; fsdp shares networks out among several processes")
         precision = next((_PRECISIONS[word] for word in rest if word in _PRECISIONS), None)
         return cls(int(found[1] or 1), precision, "fsdp" in rest, 1, accelerator)
 

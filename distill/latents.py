@@ -4,14 +4,14 @@ Pipelines decode z = latents / scaling_factor + shift_factor (none is 0), and th
 VAE has them, z = latents * latents_std / scaling_factor + latents_mean; here is the inverse of each.
 """
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from distill.folders import pipeline_folder, read_model
+from distill.folders import index_of, pipeline_folder, read_model
 from samplers import SampleNoise, flow_sigmas, karras_sigmas
 from samplers.adapters import Coordinates, FlowMatching, coordinates_of
 from samplers.network_call import PACKED
@@ -58,10 +58,10 @@ def read_encoder(path: str | Path, device: torch.device | str = "cpu") -> Encode
     """
     folder = pipeline_folder(path)
     try:
-        index = json.loads((folder / "model_index.json").read_text())
-        pipeline_class, (library, vae_class) = str(index["_class_name"]), index.get("vae") or (None, None)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"pipeline: {folder}: its model_index.json is not that of a pipeline") from error
+        index = index_of(folder)
+    except ValueError as error:
+        raise ValueError(f"pipeline: {error}") from error
+    pipeline_class, (library, vae_class) = str(index.get("_class_name")), index.get("vae") or (None, None)
     if (library, vae_class) != ("diffusers", "AutoencoderKL"):
         found = "has no VAE, its samples are pixels" if vae_class is None else f"its VAE is a {vae_class}"
         raise ValueError(f"pipeline: {folder}: {found}; supported is an AutoencoderKL")
@@ -108,6 +108,20 @@ def schedule(coordinates: Coordinates, steps: int, shift: float = 3.0) -> Tensor
     if isinstance(coordinates, FlowMatching):
         return flow_sigmas(steps, coordinates.sigma_max, shift)
     return karras_sigmas(steps, coordinates.sigma_min, coordinates.sigma_max)
+
+
+def embedding_widths(kind: str, network: Mapping[str, Any]) -> dict[str, int | None]:
+    """The last dimension of what a pipeline's network is told of words, by the names of the pipeline's arguments; None
+    where its configuration does not say."""
+    names = ("joint_attention_dim", "caption_channels", "cross_attention_dim")
+    words = next((network[name] for name in names if network.get(name)), None)
+    pooled = network.get("pooled_projection_dim")
+    if kind == "StableDiffusionXLPipeline":
+        pooled = network["projection_class_embeddings_input_dim"] - 6 * network["addition_time_embed_dim"]
+    return {
+        "prompt_embeds": words if isinstance(words, int | None) else words[0],
+        "pooled_prompt_embeds": pooled,
+    }
 
 
 def picture_shape(network: dict[str, Any], vae: dict[str, Any]) -> tuple[tuple[int, int, int], tuple[int, int, int]]:

@@ -82,9 +82,10 @@ def _check_environment() -> None:
     for variable, name in _OTHERS.items():
         if os.environ.get(variable, "false").lower() not in ("false", ""):
             raise ValueError(f"accelerate launch: {name} is not supported; {_ACCEPTED}")
-    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
-    if precision not in ("no", "bf16"):
-        raise ValueError(f"mixed_precision: {precision}; accepted are no and bf16, which needs no scaling of losses")
+    check_precision()
+    parts = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if not parts.isdecimal() or int(parts) < 1:
+        raise ValueError(f"gradient_accumulation_steps: {parts}; accepted are whole numbers from 1")
     if sharding.asked():
         number = os.environ.get("FSDP_VERSION", "1")
         if number != "2":
@@ -93,6 +94,13 @@ def _check_environment() -> None:
             if os.environ.get(variable, "false").lower() == "true":
                 raise ValueError(f"{reason}; accepted is false")
     _check_devices()
+
+
+def check_precision() -> None:
+    """Raises ValueError for a mixed precision that the launcher asks for and no run has."""
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if precision not in ("no", "bf16"):
+        raise ValueError(f"mixed_precision: {precision}; accepted are no and bf16, which needs no scaling of losses")
 
 
 def _check_devices() -> None:

@@ -22,12 +22,15 @@ DivergenceName = Literal[
 
 
 class StudentNoise(Section):
-    """Noise levels of the student's loss: uniform in the index of the Karras grid."""
+    """Noise levels of the student's loss: uniform in the Karras grid's index (DMD), or log-normal (Diff-Instruct)."""
 
+    name: Literal["karras", "log-normal"] = Field("karras", description="the law of the levels")
     sigma_min: Positive | None = Field(None, description="lowest level; null is the teacher's")
     sigma_max: Positive | None = Field(None, description="highest level; null is the teacher's")
     rho: Positive = Field(7.0, description="exponent of the grid")
-    trim: Annotated[float, Field(ge=0, lt=0.5)] = Field(0.02, description="share left out at each end")
+    trim: Annotated[float, Field(ge=0, lt=0.5)] = Field(0.02, description="of karras: share left out at each end")
+    mean: Annotated[float, Field(allow_inf_nan=False)] = Field(-1.2, description="of log-normal: mean of ln sigma")
+    std: Positive = Field(1.2, description="of log-normal: standard deviation of ln sigma")
     weighting: Literal["distance", "level", "none"] = Field(
         "distance",
         description="levels made alike by each sample's distance to its prediction (DMD), by level only, or not at all "

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from distill.methods import StudentNoise
-from distill.sections import LogNormal
+from distill.sections import Fake, LogNormal
 from samplers import SampleNoise
 from samplers.schedules import karras_sigma
 
@@ -38,19 +38,27 @@ class Share:
             raise ValueError(f"batch_size: {self.batch_size} does not divide among {self.processes} processes")
 
     def numbers(self, batch: int, part: int = 0, parts: int = 1) -> range:
-        """The global numbers of this process's samples in the batch number `batch`, or in a part of them.
+        """The global numbers of this process's samples in the batch number `batch`, or in one of equal parts of it.
 
+        A part is the same samples whatever the number of processes: what is normalised over it is the same too.
         Raises ValueError where they do not divide into so many parts.
         """
         rows = self.batch_size // self.processes
         if rows % parts:
             raise ValueError(f"memory.accumulation: {rows} samples a process do not divide into {parts} parts")
-        start, size = batch * self.batch_size + self.rank * rows, rows // parts
-        return range(start + part * size, start + (part + 1) * size)
+        whole, size = self.batch_size // parts, rows // parts
+        start = batch * self.batch_size + part * whole + self.rank * size
+        return range(start, start + size)
 
     def noise(self, batch: int, part: int = 0, parts: int = 1) -> SampleNoise:
         """The streams of those samples."""
         return SampleNoise(self.seed, self.numbers(batch, part, parts), self.stream)
+
+
+def student_level(u: Tensor, config: StudentNoise, sigma_min: float, sigma_max: float) -> Tensor:
+    """Noise levels [B] of the student's loss, from u in [0, 1)."""
+    law = log_normal_level if config.name == "log-normal" else karras_level
+    return law(u, config, sigma_min, sigma_max)
 
 
 def karras_level(u: Tensor, config: StudentNoise, sigma_min: float, sigma_max: float) -> Tensor:
@@ -58,14 +66,14 @@ def karras_level(u: Tensor, config: StudentNoise, sigma_min: float, sigma_max: f
     return karras_sigma(config.trim + (1 - 2 * config.trim) * u, sigma_min, sigma_max, config.rho)
 
 
-def log_normal_level(u: Tensor, config: LogNormal, sigma_min: float, sigma_max: float) -> Tensor:
+def log_normal_level(u: Tensor, config: LogNormal | StudentNoise, sigma_min: float, sigma_max: float) -> Tensor:
     """Noise levels [B], log-normal and truncated to the range, from u in [0, 1) by the inverse distribution."""
     low, high = _mass_below(config, sigma_min, sigma_max)
     z = torch.special.ndtri(low + (high - low) * u)
     return (config.mean + config.std * z).exp().clamp(sigma_min, sigma_max)  # against rounding at the ends
 
 
-def check_log_normal(field: str, config: LogNormal, sigma_min: float, sigma_max: float) -> None:
+def check_log_normal(field: str, config: LogNormal | StudentNoise, sigma_min: float, sigma_max: float) -> None:
     """Raises ValueError where less than a thousandth of the distribution lies in the range: a slip of the pen."""
     low, high = _mass_below(config, sigma_min, sigma_max)
     if not high - low >= 1e-3:
@@ -75,18 +83,20 @@ def check_log_normal(field: str, config: LogNormal, sigma_min: float, sigma_max:
         )
 
 
-def _mass_below(config: LogNormal, sigma_min: float, sigma_max: float) -> tuple[float, float]:
+def _mass_below(config: LogNormal | StudentNoise, sigma_min: float, sigma_max: float) -> tuple[float, float]:
     ends = torch.tensor([sigma_min, sigma_max], dtype=torch.float64)
     low, high = torch.special.ndtr((ends.log() - config.mean) / config.std).tolist()
     return low, high
 
 
-def uncovered(config: LogNormal, noise: StudentNoise, sigma_min: float, sigma_max: float) -> float:
+def uncovered(fake: Fake, noise: StudentNoise, sigma_min: float, sigma_max: float) -> float:
     """The share of the student's noise levels that lie above all but a thousandth of the fake score's."""
-    low, high = _mass_below(config, sigma_min, sigma_max)
-    top = math.exp(config.mean + config.std * float(torch.special.ndtri(torch.tensor(low + 0.999 * (high - low)))))
-    index = torch.linspace(noise.trim, 1 - noise.trim, 1001, dtype=torch.float64)
-    return float((karras_sigma(index, sigma_min, sigma_max, noise.rho) > top).double().mean())
+    if fake.levels == "student":
+        return 0.0
+    u = torch.tensor(0.999, dtype=torch.float64)
+    top = log_normal_level(u, fake.noise, sigma_min, sigma_max)
+    levels = student_level((torch.arange(1000, dtype=torch.float64) + 0.5) / 1000, noise, sigma_min, sigma_max)
+    return float((levels > top).double().mean())
 
 
 def check_range(low: float | None, high: float | None, sigma_min: float, sigma_max: float) -> tuple[float, float]:

@@ -71,7 +71,7 @@ def prepare(
     heads: as `replicated` returned them.
     """
     sharding.place(accelerator, network)
-    _run_in(accelerator, network)
+    run_in(accelerator, network)
     _compile(accelerator, network)
     prepared = network if sharding.is_sharded(network) else replicated(accelerator, network)
     rate = partial(schedule, optimizer, steps=steps)
@@ -88,7 +88,7 @@ def replicated(accelerator: Accelerator, module: nn.Module) -> nn.Module:
     return DistributedDataParallel(module, device_ids=devices, broadcast_buffers=False)
 
 
-def _run_in(accelerator: Accelerator, network: nn.Module) -> None:
+def run_in(accelerator: Accelerator, network: nn.Module) -> None:
     """Lets a denoiser run in the launcher's precision, wherever it is called from; its result has x's."""
     if accelerator.mixed_precision == "no":
         return

@@ -13,9 +13,9 @@ from accelerate import Accelerator
 from distill.blueprint import Blueprint, blueprint
 from distill.budget import Budget, Networks, budget, largest_fitting
 from distill.config import Train
-from distill.folders import pipeline_folder
+from distill.folders import pipeline_folder, weight_files
 from distill.hardware import SHARE, Hardware
-from distill.launch import check_networks
+from distill.launch import check_networks, check_precision
 from distill.noise import Share
 from distill.ratio import check_normalised, real_samples, untrained_heads
 from distill.subject import checked_subject
@@ -36,7 +36,9 @@ def plan(config: Train, hardware: Hardware | None = None) -> list[str]:
         return [*lines, f"teacher: {config.teacher.path} is not here, so the networks were not built"]
     if config.teacher.name != "pipeline":
         return [*lines, *_toy(config)]
-    hardware = hardware or Hardware.present()
+    if hardware is None:
+        check_precision()
+        hardware = Hardware.present()
     check_networks(config, hardware.sharded and hardware.processes > 1, compiled=False)
     built = blueprint(config, hardware)
     return [*lines, *_of_pipeline(config, built), *_needs(config, built.networks, hardware)]
@@ -74,6 +76,8 @@ def _of_pipeline(config: Train, built: Blueprint) -> list[str]:
         if path is not None and not Path(path).exists():
             lines.append(f"real.{key}: {path} is not here, so it was not looked at")
     network = networks.teacher.network
+    if not weight_files(networks.teacher.part):
+        lines.append(f"teacher: {networks.teacher.part} has no weights that are read (safetensors, of no variant)")
     lines.append(
         f"teacher: {networks.teacher.kind}, {type(network).__name__} with {type(teacher.scheduler).__name__}, "
         f"{_name(next(network.parameters()).dtype)}"
@@ -114,6 +118,8 @@ def _needs(config: Train, networks: Networks, hardware: Hardware) -> list[str]:
     copies = 1 + [config.student.lora.rank, config.fake.lora.rank].count(None)
     weights = sum(p.numel() for p in networks.teacher.network.parameters())
     lines.append(f"  on the host, while each process makes its networks: {_size(4.0 * copies * weights)}")
+    if config.memory.ema == "cpu":
+        lines.append(f"  on the host, for each process's average and what it is copied through: {_size(8.0 * weights)}")
     return [*lines, *_time(config, needed, hardware)]
 
 
@@ -123,7 +129,9 @@ def _advice(config: Train, networks: Networks, hardware: Hardware, now: Budget) 
     fitting = largest_fitting(lambda rows: budget(config, networks, hardware, rows), now, hardware.memory)
     if not fitting:
         return "; not even one sample does (memory.checkpointing, lora.rank and FSDP need less)"
-    parts = -(-config.batch_size // (hardware.processes * fitting))
+    each = config.batch_size // hardware.processes
+    parts = next(parts for parts in range(-(-each // fitting), each + 1) if each % parts == 0)
+    fitting = each // parts
     return f"; {fitting} samples at a time would: memory.accumulation {parts}"
 
 

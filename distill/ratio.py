@@ -116,10 +116,11 @@ def ratio_weight_of(
     config: schemas.Train, low: float, high: float, parts: int, accelerator: Accelerator
 ) -> RatioWeight:
     choice, noise = config.divergence, config.noise
+    trim = noise.trim if noise.name == "karras" else 0.0
 
     def index(sigma: Tensor) -> Tensor:
         """Where in the levels that are used, in [0, 1]."""
-        return (karras_index(sigma, low, high, noise.rho) - noise.trim) / (1 - 2 * noise.trim)
+        return (karras_index(sigma, low, high, noise.rho) - trim) / (1 - 2 * trim)
 
     return RatioWeight(
         divergences.named(choice.name, choice.exponent),
@@ -153,11 +154,11 @@ def tell(config: schemas.Train, low: float, high: float, parts: int) -> None:
             f"{choice.name} is normalised over parts of {rows} samples in {choice.bins} bins, which pulls its weights "
             "to 1; fewer parts or bins help"
         )
-    share = uncovered(config.fake.noise, config.noise, low, high)
+    share = uncovered(config.fake, config.noise, low, high)
     if share > UNCOVERED:
         note(
             f"{share:.0%} of the student's noise levels lie above nearly all of fake.noise, where the fake score stays "
-            "the teacher; raise fake.noise.mean and std, or lower noise.sigma_max"
+            "the teacher; accepted and better is fake.levels: student, a larger fake.noise, or a lower noise.sigma_max"
         )
 
 

@@ -20,7 +20,7 @@ from distill import checkpoint
 from distill.config import Train
 from distill.data import ImageFiles, Images, continuous
 from distill.encoded import LATENTS, MANIFEST, Encoded, encoder_facts
-from distill.folders import FACTS, network_part, pipeline_folder
+from distill.folders import FACTS, network_part, part_folder, pipeline_folder
 from distill.latents import schedule
 from distill.methods import Real
 from distill.noise import TEACHER_SAMPLES
@@ -178,8 +178,8 @@ def cache_key(config: Train, dtype: torch.dtype = torch.float32) -> dict[str, An
     """All that decides sample k of a teacher, whose weights are held in `dtype`, but k."""
     source, real, prompts = config.teacher, config.real, config.prompt_source
     folder = pipeline_folder(str(source.path))
-    network = sorted((folder / network_part(folder)).glob("*"))
-    files = [*network, folder / "scheduler/scheduler_config.json", folder / FACTS]
+    network = sorted(part_folder(folder, network_part(folder)).glob("*"))
+    files = [*network, part_folder(folder, "scheduler") / "scheduler_config.json", folder / FACTS]
     more: dict[str, Any] = {} if dtype == torch.float32 else {"dtype": str(dtype)}
     if source.guidance_interval is not None:
         more["guidance_interval"] = source.guidance_interval

@@ -4,7 +4,6 @@ Why: an evaluation names its results by what decides them (the files, the sample
 is wrong with twenty models before it spends a night on the first.
 """
 
-import json
 import math
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -16,7 +15,18 @@ from torch import Tensor
 
 from distill.captions import read_prompts
 from distill.export import is_plain_safetensors
-from distill.folders import FACTS, SUPPORTED, UNUSED, class_count, pipeline_folder, read_facts, sample_shape
+from distill.folders import (
+    FACTS,
+    SUPPORTED,
+    UNUSED,
+    class_count,
+    index_of,
+    part_folder,
+    pipeline_folder,
+    read_facts,
+    read_keys,
+    sample_shape,
+)
 from distill.latents import PROMPTED, picture_shape, prompt_schedule
 from distill.run import read_record
 from distill.stock import CONSISTENCY, PIXELS, Steps, student_steps
@@ -34,7 +44,8 @@ class Sampling:
 
     guidance: scale of classifier-free guidance; 1 is none. teleport: a Gaussian's file (`distill gaussian`), by which
     sampling begins with a jump to sigma_skip; None: to where the Gaussian's own bound is within the tolerance, in nats.
-    prompts: a text file, one prompt a line, for models that are conditioned on words.
+    prompts: a file of them (.txt, .csv, .jsonl; `column` of those), for models that are conditioned on words. height,
+    width: of a pipeline's pictures, in pixels; None is its own.
     Raises ValueError for an unknown sampler, and numbers that cannot be right.
     """
 
@@ -45,6 +56,9 @@ class Sampling:
     sigma_skip: float | None = None
     tolerance: float = 0.05
     prompts: str | None = None
+    column: str = "caption"
+    height: int | None = None
+    width: int | None = None
 
     def __post_init__(self) -> None:
         if self.sampler not in SOLVERS:
@@ -101,10 +115,17 @@ def read_recipe(path: str | Path, sampling: Sampling | None = None) -> Recipe:
     guidance without a null label, a Gaussian of another shape, a jump that is none, prompts that are missing.
     """
     sampling = Sampling() if sampling is None else sampling
+    try:
+        return _recipe(path, sampling)
+    except KeyError as error:
+        raise ValueError(f"{path}: one of its configurations does not say {error}") from error
+
+
+def _recipe(path: str | Path, sampling: Sampling) -> Recipe:
     if is_checkpoint(Path(path)) or read_record(Path(path)).get("command") == "train":
         return _student_run(Path(path), sampling)
     folder = pipeline_folder(path)
-    index = _json(folder / "model_index.json")
+    index = index_of(folder)
     if read_facts(folder).get("kind") == "student":
         return _student_folder(folder, index, sampling)
     if index.get("_class_name") in PROMPTED:
@@ -140,7 +161,7 @@ def _student_folder(folder: Path, index: dict[str, Any], sampling: Sampling) -> 
     """An exported student, or a consistency model of others, which is sampled in one step."""
     kind, scheduler, facts = index.get("_class_name", ""), _scheduler(folder, index), read_facts(folder)
     part = PROMPTED.get(kind, "unet")
-    network, coordinates = _json(folder / part / "config.json"), coordinates_of(scheduler)
+    network, coordinates = read_keys(part_folder(folder, part) / "config.json"), coordinates_of(scheduler)
     steps = student_steps(scheduler, coordinates, kind, None, 1, network)
     if "sigmas" in facts:
         try:
@@ -169,7 +190,7 @@ def _student(
             raise ValueError(f"prompts: {sampling.prompts}; {recipe.folder} has no use for words")
         shape = sample_shape(network)
     else:
-        vae = _json((recipe.base or recipe.folder) / "vae/config.json")
+        vae = read_keys((recipe.base or recipe.folder) / "vae/config.json")
         asked |= {side: steps.call[side] for side in ("height", "width") if side in steps.call}
         shape = picture_shape(network, vae)[1]
         shape = (shape[0], asked.get("height", shape[1]), asked.get("width", shape[2]))
@@ -198,7 +219,7 @@ def _conditions(
     if (sampling.prompts is None) == (n_classes is None):
         needed = "has classes, and no use for words" if n_classes is not None else "needs a text file of them"
         raise ValueError(f"prompts: {sampling.prompts}; {folder} {needed}")
-    return n_classes, None if sampling.prompts is None else read_prompts(Path(sampling.prompts))
+    return n_classes, None if sampling.prompts is None else read_prompts(Path(sampling.prompts), sampling.column)
 
 
 def _parts(index: dict[str, Any]) -> list[str]:
@@ -215,7 +236,8 @@ def _unconditional(folder: Path, index: dict[str, Any], sampling: Sampling) -> R
             f"{folder}: is a {index.get('_class_name')} with the network {name}; supported are pipelines of a "
             f"{' or '.join(SUPPORTED)} in pixels, and {', '.join(PROMPTED)}"
         )
-    unet, facts, scheduler = _json(folder / "unet/config.json"), read_facts(folder), _scheduler(folder, index)
+    unet, facts = read_keys(part_folder(folder, "unet") / "config.json"), read_facts(folder)
+    scheduler = _scheduler(folder, index)
     files = _of_parts(folder, ("unet", "scheduler"))
     n_classes = class_count(facts, unet.get("num_class_embeds"))
     own = {"pipeline": {part: index[part] for part in ("unet", "scheduler")}}
@@ -239,13 +261,20 @@ def _prompted(folder: Path, index: dict[str, Any], sampling: Sampling) -> Recipe
     """A DiT, Stable Diffusion (XL, 3): latents under classes or prompts."""
     kind = index["_class_name"]
     scheduler = _scheduler(folder, index)
-    network = _json(folder / PROMPTED[kind] / "config.json")
-    latent, shape = picture_shape(network, _json(folder / "vae/config.json"))
+    network = read_keys(folder / PROMPTED[kind] / "config.json")
+    latent, shape = picture_shape(network, read_keys(folder / "vae/config.json"))
     n_classes, prompts = _conditions(kind, network, sampling, folder)
+    asked = {side: size for side in ("height", "width") if (size := getattr(sampling, side)) is not None}
+    if asked and n_classes is not None:
+        raise ValueError(f"height, width: {asked}; {folder} makes pictures of {shape[1]} x {shape[2]} only")
+    factor = shape[1] // latent[1]
+    shape = (shape[0], asked.get("height", shape[1]), asked.get("width", shape[2]))
+    latent = (latent[0], shape[1] // factor, shape[2] // factor)
     sigmas = prompt_schedule(scheduler, sampling.steps)
     own = {name: index[name] for name in index if not name.startswith("_") and name not in (*UNUSED, "id2label")}
     files = _of_parts(folder, _parts(index))
-    recipe = Recipe(kind, folder, files, shape, n_classes, 0, sigmas, {"pipeline": own}, prompts=prompts, latent=True)
+    own = {"pipeline": own} | asked
+    recipe = Recipe(kind, folder, files, shape, n_classes, 0, sigmas, own, prompts=prompts, latent=True, asked=asked)
     return _sampled(recipe, sampling, latent)
 
 
@@ -289,21 +318,12 @@ def _sigma_skip(gaussian: Gaussian, recipe: Recipe, sampling: Sampling, shape: t
     return float(skip)
 
 
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file}: cannot be read as JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{file}: holds no keys")
-    return value
-
-
 def _scheduler(folder: Path, index: dict[str, Any]) -> Any:
     import diffusers
 
+    file = part_folder(folder, "scheduler") / "scheduler_config.json"
     try:
-        return getattr(diffusers, index["scheduler"][1]).from_config(_json(folder / "scheduler/scheduler_config.json"))
+        return getattr(diffusers, index["scheduler"][1]).from_config(read_keys(file))
     except (AttributeError, KeyError, IndexError, TypeError) as error:
         raise ValueError(f"{folder}: its model_index.json names no scheduler of diffusers") from error
     except ImportError as error:  # diffusers stands a dummy in for a class that needs what is not installed
@@ -312,7 +332,8 @@ def _scheduler(folder: Path, index: dict[str, Any]) -> Any:
 
 def _of_parts(folder: Path, parts: Any, weights: bool = True) -> tuple[Path, ...]:
     """The files of a pipeline's parts that are read: configurations, vocabularies, and weights without a variant."""
-    files = [file for part in parts for file in sorted((folder / part).rglob("*")) if file.is_file()]
+    places = dict.fromkeys(part_folder(folder, part) for part in parts)
+    files = [f for place in places for f in sorted(place.glob("*" if place == folder else "**/*")) if f.is_file()]
     chosen = [f for f in files if f.suffix in (".json", ".txt", ".model") or (weights and is_plain_safetensors(f.name))]
-    own = folder / FACTS
-    return tuple([*chosen, own] if own.is_file() else chosen)
+    own = [file for file in (folder / FACTS,) if file.is_file()]
+    return tuple(dict.fromkeys([*chosen, *own]))

@@ -143,7 +143,13 @@ def _inputs(config: Encode, pipeline: str) -> tuple[ImageFiles | None, tuple[str
         return None, read_prompts(str(config.prompts), config.column)
     if not prompted:
         return image_files(path, size), None
-    return captioned(path, size, column=config.column, metadata=config.prompts)
+    images, words = captioned(path, size, column=config.column, metadata=config.prompts)
+    if words is None:
+        raise ValueError(
+            f"data.path: {path} has no words for its images, which a {pipeline} is conditioned on; needed is NAME.txt "
+            "beside each, a metadata.csv or metadata.jsonl, or --prompts"
+        )
+    return images, words
 
 
 def _class_of(folder: Path) -> str:

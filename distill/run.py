@@ -13,6 +13,7 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from errno import ENOLCK, ENOSYS, EOPNOTSUPP
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 from pydantic import ValidationError
 from torch import Tensor, nn
@@ -28,6 +30,8 @@ from torch.optim import Optimizer
 from distill import checkpoint, pictures, sharding
 from distill.data import found_images, images_identity
 from distill.encoded import MANIFEST
+from distill.folders import read_keys
+from distill.progress import note
 from distill.sections import Logging, Section
 from distill.together import together
 from distill.trainer import Stepper, train
@@ -64,6 +68,7 @@ class Run:
         self._started = time.monotonic()
         record = self.config
         file = self.folder / "config.yaml"
+        self._lock = together(_claim, self.folder, accelerator, only_first=True)
         before = read_record(self.folder)
         if not resume and (before or self._checkpoints.exists()):
             raise ValueError(f"run: {self.folder} holds a run already; continue it with --resume or choose another")
@@ -75,10 +80,10 @@ class Run:
                 raise ValueError(f"--resume: the configuration of {self.folder} has changed in {', '.join(changed)}")
         inputs = inputs_of(self.config)
         kept = self.folder / "inputs.json"
-        known = json.loads(kept.read_text()) if kept.is_file() else inputs
+        known = read_keys(kept) if kept.is_file() else inputs
         if changed := sorted(name for name in known.keys() | inputs.keys() if known.get(name) != inputs.get(name)):
             raise ValueError(f"--resume: {', '.join(changed)}: its files are not those that {self.folder} began with")
-        self._lock = together(_claim, self.folder, accelerator, only_first=True)
+        accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             for left in self.folder.glob(".*.tmp"):  # by a run that was killed
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
@@ -97,15 +102,33 @@ class Run:
         return self.folder / "metrics.jsonl"
 
     def restore(self, modules: dict[str, nn.Module], optimizers: dict[str, Optimizer]) -> int:
-        """Loads the newest whole checkpoint, if there is one, and returns the number of steps done."""
-        found = checkpoint.newest(self._checkpoints)
-        step = checkpoint.load(found, modules, optimizers) if found else 0
+        """Loads the newest whole checkpoint, if there is one, and returns the number of steps done.
+
+        Raises ValueError where not all processes see the one that the first does.
+        """
+        newest = together(checkpoint.newest, self._checkpoints, self.accelerator, only_first=True)
+        found = broadcast_object_list([None if newest is None else (newest.name, checkpoint.identity(newest))])[0]
+        together(self._check_seen, found, self.accelerator)
+        step = checkpoint.load(self._checkpoints / found[0], modules, optimizers) if found else 0
         if self.accelerator.is_main_process and self.metrics_file.is_file():
-            lines = [line for line in self.metrics_file.read_text().splitlines() if _step_of(line) <= step]
+            lines = [
+                line for line in self.metrics_file.read_text(errors="replace").splitlines() if _step_of(line) <= step
+            ]
             _write(self.metrics_file, "".join(f"{line}\n" for line in lines))
             if lines:
-                self._started -= json.loads(lines[-1]).get("seconds", 0)  # the time goes on where the lines end
+                self._started -= json.loads(lines[-1]).get("seconds") or 0  # the time goes on where the lines end
         return step
+
+    def _check_seen(self, found: tuple[str, str] | None) -> None:
+        """Raises ValueError where this process does not have the checkpoint that the first one found."""
+        if found is None or self.accelerator.is_main_process:
+            return
+        folder = self._checkpoints / found[0]
+        if not checkpoint.is_whole(folder) or checkpoint.identity(folder) != found[1]:
+            raise ValueError(
+                f"--resume: process {self.accelerator.process_index} does not see {folder} as the first process does; "
+                "needed is the run's folder on a disk that all machines share, or a copy of it on each"
+            )
 
     def track(self, step: int) -> None:
         """Opens the trackers that accelerate was given, at the number of steps done; the run goes on in theirs."""
@@ -228,14 +251,18 @@ def _claim(folder: Path) -> FileLock:
     """The folder, made and held until the run is let go or its process ends, however it does.
 
     One lock a folder within a process: stage 2 resumes the run whose stage 1 it was. A launcher that is killed leaves
-    its processes at work, so a resume would write beside them.
+    its processes at work, so a resume would write beside them. On a disk that knows no locks nothing is held.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock", is_singleton=True)
+    lock = FileLock(folder / ".lock", is_singleton=True, fallback_to_soft=False)
     try:
         lock.acquire(blocking=False)
     except Timeout:
         raise ValueError(f"run: {folder} is being written by another process; wait for it or end it first") from None
+    except (NotImplementedError, OSError) as error:
+        if getattr(error, "errno", None) not in (None, ENOSYS, ENOLCK, EOPNOTSUPP):
+            raise
+        note(f"{folder} is on a disk without locks: that no other process writes it is yours to see to")
     return lock
 
 

@@ -23,17 +23,28 @@ def sample(arguments: Namespace) -> Iterator[str]:
 
     import torch
 
-    from distill.generate import ImageGenerator, load_generator
+    from distill.generate import ImageGenerator, generator_of, usable_device
     from distill.particles import ParticleGenerator, load_particle_generator
     from distill.pictures import save_grid, side_by_side
+    from distill.recipe import Sampling, read_recipe
 
     choice, grids = _target(arguments), []
-    for name, path in (_named(source) for source in arguments.sources):
-        steps, guidance, device = arguments.steps, arguments.guidance, arguments.device
+    steps, guidance, device = arguments.steps, arguments.guidance, arguments.device
+    usable_device(device)
+    named = [_named(source) for source in arguments.sources]
+    recipes = []
+    if choice is None:
+        words = {"prompts": arguments.prompts, "column": arguments.column}
+        sizes = {"height": arguments.height, "width": arguments.width}
+        sampling = Sampling(arguments.sampler or "heun", steps, guidance, **words, **sizes)
+        recipes = [read_recipe(path, sampling) for _, path in named]
+        if len({recipe.shape for recipe in recipes}) > 1:
+            told = ", ".join(f"{name} {list(r.shape)}" for (name, _), r in zip(named, recipes, strict=True))
+            raise ValueError(f"sources: of pictures {told}; accepted is one shape (--height, --width: of a pipeline's)")
+    for k, (name, path) in enumerate(named):
         generator: ImageGenerator | ParticleGenerator
         if choice is None:
-            sampler, prompts = arguments.sampler or "heun", arguments.prompts
-            generator = load_generator(path, sampler, steps, guidance, device, prompts=prompts)
+            generator = generator_of(recipes[k], device)
         else:
             generator = load_particle_generator(path, choice, steps, guidance, device)
         rows = 8 if isinstance(generator, ImageGenerator) and generator.latents is not None else 500
@@ -60,8 +71,9 @@ def _target(arguments: Namespace) -> "TargetChoice | None":
         return None
     if arguments.sampler is not None:
         raise ValueError(f"--sampler: {arguments.sampler} is not for --target, whose particles have steps of their own")
-    if arguments.prompts is not None:
-        raise ValueError(f"--prompts: {arguments.prompts} is not for --target, which is of pixels")
+    for name in ("prompts", "height", "width"):
+        if getattr(arguments, name) is not None:
+            raise ValueError(f"--{name}: {getattr(arguments, name)} is not for --target, which is of pixels")
     uses = {"guided": (), "annealed": ("beta",), "product": ("beta", "classes"), "reward": ("reward", "scale", "steer")}
     for name in given:
         if name not in ("particles", *uses[arguments.target]):

@@ -222,6 +222,9 @@ class Fake(Section):
     """The online denoiser of the student's samples, initialised from the teacher."""
 
     optimizer: Optimizer = Optimizer(lr=4e-4, betas=(0.0, 0.99))
+    levels: Literal["own", "student"] = Field(
+        "own", description="the law of its noise levels: `fake.noise`, or that of the student's loss (DMD2, f-distill)"
+    )
     noise: LogNormal = LogNormal()
     steps: Count = Field(1, description="updates for each update of the student")
     lora: Lora = Lora()

@@ -4,7 +4,7 @@ A model of billions of parameters takes a second and no memory. What a pass need
 (`distill.memory`), and that weights fit is read from the headers of their files.
 """
 
-import json
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -16,6 +16,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from distill.folders import LEFT_OVER, index_of, part_folder, read_keys, weight_files
+from distill.latents import embedding_widths
 from samplers.network_call import predict
 from samplers.prompts import PIPELINES, condition, latent_shape
 
@@ -48,6 +50,11 @@ class Skeleton:
     width: int | None = None
 
     @property
+    def part(self) -> Path:
+        """Where the network lies."""
+        return part_folder(self.folder, PIPELINES[self.kind].network if self.kind in PIPELINES else "unet")
+
+    @property
     def shape(self) -> tuple[int, int, int]:
         """[C, h, w] of what is sampled: latents, or pixels."""
         if self.pipe is not None:
@@ -67,15 +74,10 @@ class Skeleton:
 
     def embeddings(self, rows: int) -> dict[str, tuple[int, ...]]:
         """The shapes of the embeddings of `rows` prompts, by the names of the pipeline's arguments."""
-        config = self.network.config
-        names = ("joint_attention_dim", "caption_channels", "cross_attention_dim")
-        words = next(config[name] for name in names if config.get(name))
-        pooled = config.get("pooled_projection_dim")
-        if self.kind == "StableDiffusionXLPipeline":
-            pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        shapes = {
-            "prompt_embeds": (rows, self.tokens, words if isinstance(words, int) else words[0]),
-            "pooled_prompt_embeds": (rows, pooled),
+        widths = embedding_widths(self.kind, self.network.config)
+        shapes: dict[str, Any] = {
+            "prompt_embeds": (rows, self.tokens, widths["prompt_embeds"]),
+            "pooled_prompt_embeds": (rows, widths["pooled_prompt_embeds"]),
             "prompt_attention_mask": (rows, self.tokens),
         }
         return {name: shapes[name] for name in PIPELINES[self.kind].embeddings}
@@ -109,25 +111,26 @@ def read_skeleton(
     """
     import diffusers
 
-    index = _json(folder / "model_index.json")
+    index = index_of(folder)
     kind = str(index.get("_class_name"))
     parts = {name: part for name, part in index.items() if isinstance(part, list) and part[0] is not None}
     name = PIPELINES[kind].network if kind in PIPELINES else "unet"
     if name not in parts or "scheduler" not in parts:
         raise ValueError(f"{folder}: its model_index.json names no {name} and scheduler")
-    network = nn.Module.to(_build(folder / name, *parts[name]), dtype)  # diffusers' own would warn
-    scheduler = _build(folder / "scheduler", *parts["scheduler"])
+    network = nn.Module.to(_build(folder, name, *parts[name]), dtype)  # diffusers' own would warn
+    scheduler = _build(folder, "scheduler", *parts["scheduler"])
     if kind not in PIPELINES or "vae" not in parts:
         return Skeleton(folder, kind, network, scheduler)
     encoders = {
-        part: sum(p.numel() for p in _build(folder / part, *parts[part]).parameters())
+        part: sum(p.numel() for p in _build(folder, part, *parts[part]).parameters())
         for part in parts
         if part.startswith("text_encoder")
     }
-    known = {name: network, "scheduler": scheduler, "vae": _build(folder / "vae", *parts["vae"])}
+    known = {name: network, "scheduler": scheduler, "vae": _build(folder, "vae", *parts["vae"])}
     pipeline = getattr(diffusers, kind)
-    absent = dict.fromkeys(key for key in index if key not in known and isinstance(index[key], list))
-    settings = {key: value for key, value in index.items() if key[0] != "_" and not isinstance(value, list)}
+    taken = inspect.signature(pipeline.__init__).parameters  # diffusers passes over what the class does not take, too
+    absent = dict.fromkeys(key for key in index if key in taken and key not in known and isinstance(index[key], list))
+    settings = {key: value for key, value in index.items() if key in taken and not isinstance(value, list)}
     if "requires_safety_checker" in settings:
         settings["requires_safety_checker"] = False  # a skeleton makes no pictures; its absence would be told
     pipe = pipeline(**absent, **known, **settings)
@@ -138,9 +141,9 @@ def read_skeleton(
 def check_weights(network: Any, part: Path) -> None:
     """Raises ValueError where the weights in a part of a folder are not those of its config.json; reads headers only.
 
-    A part without weights, or in shards or variants that are not read here, is not judged.
+    A part without weights is not judged.
     """
-    files = [file for file in part.glob("*.safetensors") if file.stem.count(".") == 0]
+    files = weight_files(part)
     found: dict[str, tuple[int, ...]] = {}
     for file in files:
         try:
@@ -148,20 +151,22 @@ def check_weights(network: Any, part: Path) -> None:
                 found |= {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise ValueError(f"{part}: cannot be read ({error})") from error
+    network._fix_state_dict_keys_on_load(found)  # the names of attention in files of 2022
+    found = {key: shape for key, shape in found.items() if key not in LEFT_OVER}
     wanted = {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()}
     wrong = sorted(key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key))
     if files and wrong:
         raise ValueError(f"{part}: its weights are not those of its config.json: {wrong[0]} and {len(wrong) - 1} more")
 
 
-def _build(part: Path, library: str, kind: str) -> Any:
+def _build(folder: Path, name: str, library: str, kind: str) -> Any:
     """A part from its configuration: of a model, on meta and in float32."""
-    known = library in ("diffusers", "transformers")
+    part, known = part_folder(folder, name), library in ("diffusers", "transformers")
     cls = getattr(import_module(library), kind, None) if known else None
     if cls is None:
         raise ValueError(f"{part}: is a {library}.{kind}; known are the parts of diffusers and transformers")
-    file = part / ("scheduler_config.json" if part.name == "scheduler" else "config.json")
-    config = _json(file)
+    file = part / ("scheduler_config.json" if name == "scheduler" else "config.json")
+    config = read_keys(file)
     try:
         with META if file.name == "config.json" else torch.device("cpu"):
             if library == "diffusers":
@@ -174,15 +179,5 @@ def _build(part: Path, library: str, kind: str) -> Any:
 
 def _clip_tokens(file: Path) -> int:
     """The longest prompt of a CLIP tokenizer, to which all are padded."""
-    length = _json(file).get("model_max_length") if file.is_file() else None
+    length = read_keys(file).get("model_max_length") if file.is_file() else None
     return length if isinstance(length, int) and length < 10_000 else _CLIP_TOKENS
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file}: cannot be read as JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file}: holds no keys")
-    return content

@@ -10,8 +10,9 @@ from torch import Tensor
 from distill.captions import read_prompts
 from distill.config import FirstStage, Train
 from distill.encoded import Encoded, encoder_facts
-from distill.folders import has_text_encoder, index_of, load_words, pipeline_folder, pixel_classes, read_facts
+from distill.folders import FACTS, index_of, load_words, missing_text_part, pipeline_folder, pixel_classes, read_facts
 from distill.progress import Progress
+from distill.stock import CONSISTENCY
 from distill.teacher import Teacher
 from samplers.pipelines import vae_facts
 from samplers.prompts import PIPELINES, embed
@@ -85,11 +86,18 @@ def load_teacher(config: Train | FirstStage, device: torch.device) -> tuple[Teac
 
 
 def teacher_folder(config: Train | FirstStage) -> Path:
-    """The pipeline folder of a configuration's teacher. Raises ValueError where there is none, or it is a student."""
+    """The pipeline folder of a configuration's teacher. Raises ValueError where there is none, or it is a student, or a
+    consistency model, which diffusers' files do not tell from a denoiser under the same scheduler."""
     folder = pipeline_folder(str(config.teacher.path))
     if read_facts(folder).get("kind") == "student":
         raise ValueError(
             f"teacher.path: {folder} is a student, which knows its own noise levels only; needed is a teacher"
+        )
+    scheduler = index_of(folder).get("scheduler") or [None, None]
+    if scheduler[1] == CONSISTENCY and read_facts(folder).get("kind") != "teacher":
+        raise ValueError(
+            f"teacher.path: {folder} has the scheduler of consistency models, whose outputs are no means E[x0 | x]; if "
+            f'its network is an EDM denoiser, a file {FACTS} with "kind": "teacher" beside model_index.json says so'
         )
     return folder
 
@@ -122,8 +130,8 @@ def read_prompts_of(config: Train | FirstStage) -> tuple[Encoded | None, tuple[s
             f"prompts: there are none, and {folder} is a {name}, which is conditioned on words; needed is prompts.file "
             "or prompts.encoded"
         )
-    if not has_text_encoder(folder):
-        raise ValueError(f"prompts.file: {folder} has no text encoder; needed is prompts.encoded")
+    if missing := missing_text_part(folder):
+        raise ValueError(f"prompts.file: {folder} has no {missing}; needed is prompts.encoded")
     return None, read_prompts(prompts.file, prompts.column)
 
 

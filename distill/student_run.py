@@ -1,6 +1,5 @@
 """A run of `distill train`, read from its folder: what its student is, and the student's averaged weights."""
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +10,16 @@ from torch import Tensor
 
 from distill import checkpoint
 from distill.config import Train
-from distill.folders import index_of, pipeline_folder, read_facts, read_keys, read_model, sample_shape, weight_files
+from distill.folders import (
+    index_of,
+    part_folder,
+    pipeline_folder,
+    read_facts,
+    read_keys,
+    read_model,
+    sample_shape,
+    weight_files,
+)
 from distill.run import read_record
 from distill.stock import PIXELS, Steps, student_steps
 from samplers.adapters import Coordinates, coordinates_of
@@ -125,8 +133,8 @@ class StudentRun:
         index = index_of(folder)
         if index.get("_class_name") != self.index["_class_name"]:
             raise ValueError(f"--base: {folder} is a {index.get('_class_name')}; needed is the teacher's pipeline")
-        file = folder / self.part / "config.json"
-        if not file.is_file() or _settings(json.loads(file.read_text())) != _settings(self.network):
+        file = part_folder(folder, self.part) / "config.json"
+        if not file.is_file() or _settings(read_keys(file)) != _settings(self.network):
             raise ValueError(f"--base: {folder / self.part} is not the network of the teacher")
         return folder
 
@@ -177,10 +185,11 @@ class StudentRun:
     def _frozen(self, base: Path, kind: Any) -> dict[str, Tensor]:
         """The teacher's weights, float32. Raises ValueError where they are not those that the run began with."""
         identity = self.folder / "network/teacher.sha256"
-        files = weight_files(base / self.part)
+        part = part_folder(base, self.part)
+        files = weight_files(part)
         if identity.is_file() and identity.read_text() != " ".join(checkpoint.sha256(file) for file in files):
-            raise ValueError(f"--base: the weights in {base / self.part} are not what the adapters were trained on")
-        weights: dict[str, Tensor] = read_model(base / self.part, kind, torch.float32).state_dict()
+            raise ValueError(f"--base: the weights in {part} are not what the adapters were trained on")
+        weights: dict[str, Tensor] = read_model(part, kind, torch.float32).state_dict()
         return weights
 
 

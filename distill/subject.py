@@ -205,7 +205,10 @@ def check_fit(config: Train, subject: Subject, n_conditions: int | None) -> tupl
     """The range of noise levels of a run. Raises ValueError where it does not fit the subject, and for numbers of
     samples that are too few for its conditions."""
     low, high = subject.range(config.noise.sigma_min, config.noise.sigma_max)
-    check_log_normal("fake.noise", config.fake.noise, low, high)
+    if config.fake.levels == "own":
+        check_log_normal("fake.noise", config.fake.noise, low, high)
+    if config.noise.name == "log-normal":
+        check_log_normal("noise", config.noise, low, high)
     if config.logging.mismatch_every is not None and (n_conditions or 1) > JUDGED_CONDITIONS:
         raise ValueError(
             f"logging.mismatch_every: {config.logging.mismatch_every}; {n_conditions} conditions have too few "

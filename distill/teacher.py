@@ -13,16 +13,26 @@ from torch import Tensor
 from distill.folders import (
     FACTS,
     class_count,
-    has_text_encoder,
     index_of,
     load_pipeline,
+    missing_text_part,
     pipeline_folder,
     read_facts,
     read_pipeline,
     sample_shape,
 )
+from distill.latents import embedding_widths
 from samplers import Denoiser, Guided, NetworkDenoiser, SampleNoise, decode, denoiser_from, latent_shape
-from samplers.prompts import GUIDANCE_EMBEDDING, PIPELINES, condition, denoiser_of, embed, kind_of
+from samplers.prompts import (
+    GUIDANCE_EMBEDDING,
+    PIPELINES,
+    check_scaling,
+    condition,
+    denoiser_of,
+    embed,
+    kind_of,
+    name_of,
+)
 
 TEXT_PARTS = tuple(f"{part}{k}" for part in ("text_encoder", "tokenizer") for k in ("", "_2", "_3"))
 
@@ -152,8 +162,8 @@ class Teacher:
 
         pipe = load_pipeline(folder, () if null is None and kind.embeddings else TEXT_PARTS)
         if kind.embeddings and null is None:
-            if not has_text_encoder(folder):
-                raise ValueError(f"{folder}: its {name} has no text encoder; needed is prompts.encoded")
+            if missing := missing_text_part(folder):
+                raise ValueError(f"{folder}: its {name} has no {missing}; needed is prompts.encoded")
             null = embed(pipe, negative_prompt)
         size = {"height": height, "width": width}
         found = cls.of_pipeline(pipe, guidance, **size, guidance_embedding=guidance_embedding, null=null)
@@ -174,10 +184,19 @@ class Teacher:
         kind = kind_of(pipe)
         denoiser = denoiser_of(pipe).requires_grad_(False).eval()
         shape = latent_shape(pipe, height, width)
+        if pipe.vae is not None:
+            check_scaling(pipe.vae.config, kind)
         if not kind.embeddings:
             label = getattr(pipe, kind.network).config.num_embeds_ada_norm
             return cls(denoiser, pipe.scheduler, shape, label, label, guidance, pipe=pipe)
-        words = Words(pipe, embed(pipe, None) if null is None else null, height, width, guidance_embedding)
+        null = embed(pipe, None) if null is None else null
+        for key, wanted in embedding_widths(name_of(pipe), getattr(pipe, kind.network).config).items():
+            if key in null and wanted is not None and null[key].shape[-1] != wanted:
+                raise ValueError(
+                    f"{key}: of width {null[key].shape[-1]}; the {kind.network} is told of words of width {wanted}, so "
+                    "other text encoders belong to it"
+                )
+        words = Words(pipe, null, height, width, guidance_embedding)
         return cls(denoiser, pipe.scheduler, shape, guidance=guidance, pipe=pipe, words=words)
 
     @classmethod

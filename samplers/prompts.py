@@ -26,23 +26,31 @@ class Kind(NamedTuple):
     """What a kind of pipeline has: its network, and the embeddings of a prompt (none: classes, or no condition).
 
     shifted: its latents are decoded from z = latents / scaling_factor + shift_factor; elsewhere without the shift.
+    encoders: how many text encoders it cannot do without; some have one more.
     """
 
     network: str
     embeddings: tuple[str, ...] = ()
     shifted: bool = False
+    encoders: int = 1
+
+    @property
+    def text_parts(self) -> tuple[str, ...]:
+        """The parts of a pipeline that words cannot be embedded without."""
+        numbers = ("", "_2")[: self.encoders] if self.embeddings else ()
+        return tuple(f"{part}{number}" for number in numbers for part in ("text_encoder", "tokenizer"))
 
 
 PIPELINES = {
     "DDIMPipeline": Kind("unet"),
     "DDPMPipeline": Kind("unet"),
     "DiTPipeline": Kind("transformer"),
-    "FluxPipeline": Kind("transformer", (_EMBEDS, _POOLED), shifted=True),
+    "FluxPipeline": Kind("transformer", (_EMBEDS, _POOLED), shifted=True, encoders=2),
     "PixArtAlphaPipeline": Kind("transformer", (_EMBEDS, _MASK)),
     "PixArtSigmaPipeline": Kind("transformer", (_EMBEDS, _MASK)),
-    "StableDiffusion3Pipeline": Kind("transformer", (_EMBEDS, _POOLED), shifted=True),
+    "StableDiffusion3Pipeline": Kind("transformer", (_EMBEDS, _POOLED), shifted=True, encoders=2),
     "StableDiffusionPipeline": Kind("unet", (_EMBEDS,)),
-    "StableDiffusionXLPipeline": Kind("unet", (_EMBEDS, _POOLED)),
+    "StableDiffusionXLPipeline": Kind("unet", (_EMBEDS, _POOLED), encoders=2),
 }
 
 
@@ -53,8 +61,9 @@ def prompted(pipe: Any, prompt: Prompt = None, *, height: int | None = None, wid
     """The denoiser of a pipeline's samples under a prompt; `samplers.denoiser_from(pipe, prompt)` is this.
 
     prompt: words; a class label, for DiT and class-conditional UNets; the pipeline's embeddings by the names of its
-    arguments, each of one row; None or "" is what the pipeline itself guides away from: the unconditional law. height,
-    width: of the picture, in pixels, which SDXL is told (None: the pipeline's own).
+    arguments, each of one row; None is what the pipeline itself guides away from: the unconditional law (the embedding
+    of "", or the zeros of SDXL). height, width: of the picture, in pixels, which SDXL is told (None: the pipeline's
+    own).
     Raises ValueError for a pipeline that is not supported, and for a prompt that it cannot be given.
     """
     name, kind = _kind(pipe)
@@ -150,6 +159,7 @@ def decode(pipe: Any, x: Tensor) -> Tensor:
     vae = getattr(pipe, "vae", None)
     if vae is None:
         return x
+    check_scaling(vae.config, kind)
     config, dtype = vae.config, vae.dtype
     overflows = dtype == torch.float16 and bool(config.get("force_upcast"))
     latents = x.to(device=pipe._execution_device, dtype=torch.float32 if overflows else dtype)
@@ -170,9 +180,21 @@ def decode(pipe: Any, x: Tensor) -> Tensor:
         vae.to(dtype)
 
 
+def check_scaling(config: Any, kind: Kind) -> None:
+    """Raises ValueError where the configuration of a pipeline's VAE does not say what its latents are scaled by."""
+    for key in ("scaling_factor", *(("shift_factor",) if kind.shifted else ())):
+        if config.get(key) is None:
+            raise ValueError(f"vae: its config.json says no {key}, by which the pipeline's latents are decoded")
+
+
 def kind_of(pipe: Any) -> Kind:
     """What is known of a pipeline's kind. Raises ValueError, naming it, for one that is not supported."""
     return _kind(pipe)[1]
+
+
+def name_of(pipe: Any) -> str:
+    """The pipeline's class, or the supported one that it is derived from. Raises ValueError as `kind_of`."""
+    return _kind(pipe)[0]
 
 
 def _kind(pipe: Any) -> tuple[str, Kind]:
@@ -203,7 +225,7 @@ def _label(name: str, network: Any, prompt: Prompt) -> Tensor | None:
 def embed(pipe: Any, prompt: Prompt) -> dict[str, Tensor]:
     """The embeddings of a prompt, each [1, ...], by the names of the pipeline's arguments.
 
-    None or "" is what the pipeline guides away from. Raises ValueError as `prompted`.
+    None is what the pipeline guides away from when it is told of nothing. Raises ValueError as `prompted`.
     """
     name, kind = _kind(pipe)
     if isinstance(prompt, Mapping):
@@ -213,8 +235,8 @@ def embed(pipe: Any, prompt: Prompt) -> dict[str, Tensor]:
         return dict(prompt)
     if not isinstance(prompt, str | None):
         raise ValueError(f"prompt: {prompt!r}; {name} has prompts in words; accepted are one and its embeddings")
-    if all(getattr(pipe, part, None) is None for part in ("text_encoder", "text_encoder_2", "text_encoder_3")):
-        raise ValueError(f"prompt: this {name} has no text encoder; give {' and '.join(kind.embeddings)}, by name")
+    if missing := [part for part in kind.text_parts if getattr(pipe, part, None) is None]:
+        raise ValueError(f"prompt: this {name} has no {missing[0]}; give {' and '.join(kind.embeddings)}, by name")
 
     encode: Callable[..., tuple[Tensor, ...]] = pipe.encode_prompt
     device, words = pipe._execution_device, prompt or ""
@@ -227,18 +249,21 @@ def embed(pipe: Any, prompt: Prompt) -> dict[str, Tensor]:
     else:
         answers = encode(words, None, None, device=device, do_classifier_free_guidance=True)
     if name.startswith("PixArt"):  # both of the prompt, then both of the negative one
-        chosen = answers[:2] if prompt else answers[2:]
+        chosen = answers[2:] if prompt is None else answers[:2]
     else:  # conditional and negative in turn; the negative one is the pipeline's own idea of no prompt
-        chosen = answers[::2] if prompt else answers[1::2]
+        chosen = answers[1::2] if prompt is None else answers[::2]
     return dict(zip(kind.embeddings, chosen, strict=True))
 
 
 def _pixels(pipe: Any, height: int | None, width: int | None) -> tuple[int, int]:
     """A picture's height and width. Raises ValueError for what is no multiple of the pipeline's."""
     network = getattr(pipe, _kind(pipe)[1].network)
-    own = [v * pipe.vae_scale_factor for v in _pair(network.config.get("sample_size") or pipe.default_sample_size)]
+    own = network.config.get("sample_size") or getattr(pipe, "default_sample_size", None)
+    if own is None and not (height and width):
+        raise ValueError("sample_size: null in the network's config.json; needed are height and width, in pixels")
     unit = pipe.vae_scale_factor * (2 if is_packed(network) else network.config.get("patch_size") or 1)
-    size = height or own[0], width or own[1]
+    h, w = (0, 0) if own is None else (v * pipe.vae_scale_factor for v in _pair(own))
+    size = height or h, width or w
     if any(v % unit or v < unit for v in size):
         raise ValueError(f"height, width: {size[0]}, {size[1]}; accepted are multiples of {unit}")
     return size

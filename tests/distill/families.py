@@ -262,6 +262,8 @@ def save(name: str, folder: Path) -> Path:
     pipe = FAMILIES[name]()
     with warnings.catch_warnings(action="ignore"):
         pipe.save_pretrained(folder, safe_serialization=True)
+    if isinstance(pipe, ConsistencyModelPipeline):  # which their files do not tell from consistency models
+        (folder / "distill.json").write_text('{"kind": "teacher"}')
     return folder
 
 

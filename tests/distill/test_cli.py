@@ -170,7 +170,7 @@ def break_teacher(folder: Path, harm: str) -> None:
     elif harm == "facts":
         (folder / "distill.json").write_text("{")
     elif harm in FACTS:
-        (folder / "distill.json").write_text(json.dumps(FACTS[harm]))
+        (folder / "distill.json").write_text(json.dumps({"kind": "teacher"} | FACTS[harm]))
     else:
         index |= {
             "network": {"unet": ["diffusers", "UNet3DConditionModel"]},
@@ -188,7 +188,7 @@ def break_teacher(folder: Path, harm: str) -> None:
         ("foreign key", "pipeline/unet: its weights are not those of its config.json: lora.weight"),
         ("shape", "pipeline/unet: cannot be read"),
         ("no weights", "pipeline/unet: cannot be read"),
-        ("pickled weights", "pipeline/unet: cannot be read"),
+        ("pickled weights", "pipeline/unet: has no safetensors that are read, only diffusion_pytorch_model.bin"),
         ("no scheduler", "pipeline/scheduler: is missing, and model_index.json names it"),
         ("index", "pipeline: its model_index.json is not JSON"),
         ("facts", "pipeline/distill.json: is not JSON"),
@@ -210,7 +210,7 @@ def test_a_teacher_that_cannot_be_used_leaves_no_run(place: Path, harm: str, mes
 
 
 def test_guidance_needs_a_null_label(place: Path) -> None:
-    (place / "pipeline/distill.json").unlink()
+    (place / "pipeline/distill.json").write_text('{"kind": "teacher"}')
     config = write_config(place, TRAIN, teacher={"path": "pipeline", "guidance": 2.0})
     assert_refused(distill("train", "--config", config, cwd=place), "guidance: 2.0 needs a null label")
     assert not (place / "student").exists()

@@ -122,8 +122,8 @@ def test_a_path_is_recorded_and_described(finished: Path) -> None:
     assert mismatches[-1] == 0
     assert all(m > 0 for m in mismatches[:-1])
     assert entries(path) == sorted([
-        "config.yaml", "curves.png", MANIFEST, "metrics.jsonl", *(f"node-00{k}.safetensors" for k in (1, 2, 3)),
-        "samples", "samples/step-00000005.png", "versions.json",
+        ".lock", "config.yaml", "curves.png", MANIFEST, "metrics.jsonl", "samples", "samples/step-00000005.png",
+        *(f"node-00{k}.safetensors" for k in (1, 2, 3)), "versions.json",
     ])  # fmt: skip
     for node in content["nodes"]:
         assert (path / node["file"]).stat().st_size == node["bytes"]

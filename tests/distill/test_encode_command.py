@@ -166,13 +166,14 @@ def test_other_settings_are_refused(done: Path, here: Here, words: tuple[Any, ..
         (("--prompts", "a.txt", "--pipeline", "nowhere"), "nowhere: there is no such folder"),
         (("--prompts", "a.txt", "--pipeline", "images"), "images: is no pipeline folder of diffusers"),
         (("--prompts", "a.txt", "--pipeline", "other"), "is a StableCascadeDecoderPipeline; supported are"),
-        (("--prompts", "a.txt", "--pipeline", "wordless"), "has no text encoder"),
+        (("--prompts", "a.txt", "--pipeline", "wordless"), "has no text_encoder; give prompt_embeds"),
         (("--prompts", "a.txt", "--pipeline", "dit"), "prompts: a.txt; a DiTPipeline has no use for words"),
         (("--prompts", "a.txt", "--out", "taken"), "out: taken is there and is not of `distill encode`"),
         (("--data.name", "folder", "--data.path", "nowhere"), "data.path: nowhere is not a folder of images"),
-        (("--data.name", "folder", "--data.path", "classes", "--data.size", 17), "size: 17; the pipeline's VAE takes"),
+        (("--data.name", "folder", "--data.path", "images", "--data.size", 17), "size: 17; the pipeline's VAE takes"),
+        (("--data.name", "folder", "--data.path", "classes"), "classes has no words for its images, which a Stable"),
         (
-            ("--data.name", "folder", "--data.path", "classes", "--negative_prompt", "x"),
+            ("--data.name", "folder", "--data.path", "classes", "--pipeline", "dit", "--negative_prompt", "x"),
             "negative_prompt: 'x' has no use",
         ),
         (("--data.name", "folder", "--data.path", "classes", "--prompts", "a.txt"), "a.txt; words for images are in a"),
@@ -213,7 +214,7 @@ def bad(done: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             (place / name / part).symlink_to(done / "pipe" / part)
     pictures(place / "half", 2, words=True)
     (place / "half/01.txt").unlink()
-    pictures(place / "cut", 1)
+    pictures(place / "cut", 1, words=True)
     content = (place / "cut/00.png").read_bytes()
     (place / "cut/00.png").write_bytes(content[: len(content) // 2])
     (place / "taken").mkdir()

@@ -180,7 +180,7 @@ def test_a_row_is_the_same_whatever_is_read_with_it(place: Path, order: Any) -> 
         assert torch.equal(value, torch.cat([encoded.rows([k])[name] for k in order]))
 
 
-def test_prompts_alone_and_images_alone(place: Path, tmp_path: Path) -> None:
+def test_prompts_alone_and_images_of_classes(place: Path, tmp_path: Path) -> None:
     pipeline = str(place / "pipelines/sd15")
     (tmp_path / "words.jsonl").write_text("\n".join(json.dumps({"text": w}) for w in WORDS))
     prompts = {"prompts": str(tmp_path / "words.jsonl"), "column": "text"}
@@ -191,7 +191,9 @@ def test_prompts_alone_and_images_alone(place: Path, tmp_path: Path) -> None:
     alone.check("StableDiffusionPipeline", None, encoder_facts(pipeline))  # no latents: any VAE will do
 
     config = {"data": folder_of(place / "classes"), "dtype": "bfloat16"}
-    images = encode(Encode(pipeline=pipeline, out=str(tmp_path / "images"), **config))
+    with pytest.raises(ValueError, match=r"classes has no words for its images, which a StableDiffusionPipeline is"):
+        encode(Encode(pipeline=pipeline, out=str(tmp_path / "images"), **config))
+    images = encode(Encode(pipeline=str(place / "pipelines/dit"), out=str(tmp_path / "images"), **config))
     assert (images.embeddings, images.classes, len(images)) == ((), ("ant", "zebra"), 5)
     assert images.rows([0])["latents"].dtype == torch.bfloat16
 
@@ -269,7 +271,7 @@ def read_whole(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "harm", ["truncated", "missing", "changed", "other", "unfinished", "format", "no manifest", "json"]
+    "harm", ["truncated", "missing", "changed", "other", "unfinished", "format", "no manifest", "json", "type"]
 )
 def test_a_folder_that_is_not_whole_is_named(place: Path, tmp_path: Path, harm: str) -> None:
     folder = shutil.copytree(place / "sd15", tmp_path / "sd15")
@@ -284,7 +286,8 @@ def test_a_folder_that_is_not_whole_is_named(place: Path, tmp_path: Path, harm: 
         "unfinished": r"sd15 has not finished: start `distill encode` again",
         "format": r"manifest\.json is of format 7; read is 1",
         "no manifest": r"sd15 has no manifest\.json of `distill encode`",
-        "json": r"manifest\.json is not the manifest of `distill encode`",
+        "json": r"manifest\.json holds no keys",
+        "type": r"manifest\.json is not the manifest of `distill encode` .count.",
     }[harm]
     if harm == "truncated":
         shard.write_bytes(content[:-1])
@@ -299,6 +302,8 @@ def test_a_folder_that_is_not_whole_is_named(place: Path, tmp_path: Path, harm: 
         manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": 7}))
     elif harm == "json":
         manifest.write_text("[]")
+    elif harm == "type":
+        manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"count": "ten"}))
     else:
         manifest.unlink()
         for file in folder.glob("*.safetensors") if harm == "no manifest" else []:

@@ -6,7 +6,7 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 
-from distill.folders import has_text_encoder, network_part, pipeline_folder
+from distill.folders import missing_text_part, network_part, pipeline_folder
 from distill.teacher import Teacher
 from tests.distill import families, tiny
 
@@ -56,4 +56,4 @@ def test_a_folder_comes_before_the_cache(cache: Path, tmp_path: Path, monkeypatc
 def test_a_folder_tells_its_network_and_its_text_encoders(tmp_path: Path) -> None:
     folders = {name: families.save(name, tmp_path / name) for name in ("sd15", "dit")}
     assert {name: network_part(folder) for name, folder in folders.items()} == {"sd15": "unet", "dit": "transformer"}
-    assert {name: has_text_encoder(folder) for name, folder in folders.items()} == {"sd15": True, "dit": False}
+    assert {name: missing_text_part(folder) for name, folder in folders.items()} == {"sd15": None, "dit": None}

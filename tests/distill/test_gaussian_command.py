@@ -343,8 +343,8 @@ def bad_place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("truncated", "pipeline: pipe/vae: cannot be read"),
         ("missing key", "pipeline: pipe/vae: its weights are not those of its config.json: encoder.conv_in.weight"),
         ("no weights", "pipeline: pipe/vae: cannot be read"),
-        ("pickled", "pipeline: pipe/vae: cannot be read"),
-        ("index", "pipeline: pipe: its model_index.json is not that of a pipeline"),
+        ("pickled", "pipeline: pipe/vae: has no safetensors that are read"),
+        ("index", "pipeline: pipe: its model_index.json is not JSON"),
         ("not finite", "images/0000.png: its latent is not finite"),
     ],
 )

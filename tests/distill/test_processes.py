@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,8 +18,8 @@ from safetensors.torch import load_file
 from distill import checkpoint
 from tests.distill import families
 from tests.distill.command import distill
-from tests.distill.runs import DDP, FSDP, assert_same, forked, launch, launcher, lines
-from tests.distill.tiny import TEACH, TRAIN, write_config
+from tests.distill.runs import DDP, FSDP, assert_refused, assert_same, forked, launch, launcher, lines
+from tests.distill.tiny import TEACH, TRAIN, save_teacher, write_config
 
 DISBACK: dict[str, Any] = {
     "target": {"name": "nodes", "updates": 2},
@@ -62,6 +63,62 @@ def test_a_batch_that_does_not_divide_is_refused_once(place: Path) -> None:
     assert not text.startswith("0\n")
     assert text.count("distill: error: batch_size: 7 does not divide among 2 processes") == 1
     assert not (place / "student").exists()
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path) -> Path:
+    """The disk of a second machine, with the same teacher."""
+    save_teacher(tmp_path / "elsewhere/pipeline")
+    return tmp_path / "elsewhere"
+
+
+@pytest.mark.slow
+def test_all_processes_go_on_from_the_same_checkpoint_or_none(place: Path, elsewhere: Path) -> None:
+    config = write_config(place, TRAIN, steps=6)
+    text = forked(place, "train", "--config", config, other=elsewhere)
+    assert text.startswith("0\n"), text
+    shutil.rmtree(place / "student/checkpoints/step-00000006")
+    before = lines(place / "student")
+    text = forked(place, "train", "--config", config, "--resume", other=elsewhere)
+    assert text.startswith("2\n"), text
+    assert "--resume: process 1 does not see student/checkpoints/step-00000004 as the first process does" in text
+    assert text.count("distill: error") == 1
+    assert lines(place / "student") == before
+    shutil.copytree(place / "student", elsewhere / "student")
+    text = forked(place, "train", "--config", config, "--resume", other=elsewhere)
+    assert text.startswith("0\n"), text
+    assert lines(place / "student") == before
+
+
+@pytest.mark.slow
+def test_what_ends_another_process_than_the_first_is_told(place: Path, elsewhere: Path) -> None:
+    config = write_config(place, TRAIN)
+    shutil.rmtree(elsewhere / "pipeline/unet")
+    text = forked(place, "train", "--config", config, other=elsewhere)
+    assert text.startswith("2\n"), text
+    assert text.count("distill: error: process 1: pipeline/unet: is missing") == 1
+    assert "Traceback" not in text
+
+
+@pytest.mark.slow
+def test_parts_of_a_batch_are_the_same_samples_on_any_number_of_processes(place: Path) -> None:
+    """What is normalised over a part is the same then. How many parts there are is part of such a run."""
+    weighted: dict[str, Any] = {"divergence": {"name": "forward-kl", "bins": 2}}
+    weighted["real"] = F_DISTILL["real"] | {"count": 20}
+    base = TRAIN | weighted | {"discriminator": {"lr": 1e-2}, "memory": {"accumulation": 2}}
+    config = write_config(place, base, batch_size=16)
+    assert distill("train", "--config", config, "--run", "one", cwd=place).code == 0
+    text = forked(place, "train", "--config", config, "--run", "two")
+    assert text.startswith("0\n"), text
+    for a, b in zip(lines(place / "one"), lines(place / "two"), strict=True):
+        assert b["student_loss"] == pytest.approx(a["student_loss"], rel=1e-5)
+    changed = write_config(place, base | {"memory": {}}, "changed.yaml", batch_size=16)
+    refused = distill("train", "--config", changed, "--run", "two", "--resume", cwd=place)
+    assert_refused(refused, "has changed in memory.accumulation")
+    launched = launch(place, "train", "--config", changed, "--run", "three", ACCELERATE_GRADIENT_ACCUMULATION_STEPS="2")
+    assert launched.startswith("0\n"), launched
+    refused = distill("train", "--config", changed, "--run", "three", "--resume", cwd=place)
+    assert_refused(refused, "has changed in memory.accumulation")
 
 
 @pytest.mark.slow

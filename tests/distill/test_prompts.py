@@ -178,7 +178,7 @@ def test_parts_that_are_not_whole_or_not_of_the_libraries_are_named(tmp_path: Pa
     refused(r"sd/text_encoder: its weights are not those of its config\.json: .*fc1")
     weights.unlink()
     torch.save(tensors, tmp_path / "sd/text_encoder/pytorch_model.bin")
-    refused(r"sd/text_encoder: cannot be read")
+    refused(r"sd/text_encoder: has no safetensors that are read, only pytorch_model\.bin")
 
 
 def test_a_gaussians_file_that_is_replaced_is_read_again(saved: Path, tmp_path: Path) -> None:

@@ -206,14 +206,17 @@ def test_the_shared_denoiser_follows_the_pipeline() -> None:
 
 def test_no_prompt_is_the_empty_one_and_the_null_label() -> None:
     x, sigma = torch.randn((2, 4, 8, 8), generator=torch.Generator().manual_seed(0)), torch.tensor(2.0)
-    for name, null in (("sd", ""), ("sdxl", ""), ("sd3", ""), ("dit", 1000)):
+    for name, null in (("sd", ""), ("sd3", ""), ("dit", 1000)):
         pipe = CASES[name][0]()
         expected = denoiser_from(pipe)(x, sigma)
         assert torch.equal(denoiser_from(pipe, null)(x, sigma), expected)
         assert not torch.equal(denoiser_from(pipe, CASES[name][2][0])(x, sigma), expected)
-    # SDXL guides away from zeros, not from the embedding of no words
+    # SDXL guides away from zeros, unless it is told to do so from the embedding of no words
     pipe = CASES["sdxl"][0]()
     assert bool((prompted(pipe).cond["encoder_hidden_states"] == 0).all())
+    words = pipe.encode_prompt("a red fox", negative_prompt="", device="cpu")[1]
+    assert torch.equal(prompted(pipe, "").cond["encoder_hidden_states"], words)
+    assert bool((words != 0).any())
     pipe.register_to_config(force_zeros_for_empty_prompt=False)
     assert bool((prompted(pipe).cond["encoder_hidden_states"] != 0).any())
 
@@ -278,7 +281,7 @@ def test_decoding_in_half_precision_and_with_moments() -> None:
 def test_what_cannot_be_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="ConsistencyModelPipeline is not supported; supported are DDIMPipeline"):
         denoiser_from(ConsistencyModelPipeline(unet(torch.float32), CMStochasticIterativeScheduler()))
-    with pytest.raises(ValueError, match="FluxPipeline has no text encoder; give prompt_embeds and pooled_prompt_emb"):
+    with pytest.raises(ValueError, match="FluxPipeline has no text_encoder; give prompt_embeds and pooled_prompt_emb"):
         denoiser_from(flux(), "a red fox")
     with pytest.raises(ValueError, match="this DDIMPipeline has no condition; accepted is None"):
         denoiser_from(ddim(), "a red fox")
@@ -286,7 +289,7 @@ def test_what_cannot_be_is_refused_by_name() -> None:
         denoiser_from(stable_diffusion(), 7)
     with pytest.raises(ValueError, match=r"'white shark'; this DiTPipeline has classes; accepted are labels 0 .. 1000"):
         denoiser_from(dit(), "white shark")
-    with pytest.raises(ValueError, match="StableDiffusionXLPipeline has no text encoder; give prompt_embeds and pool"):
+    with pytest.raises(ValueError, match="StableDiffusionXLPipeline has no text_encoder; give prompt_embeds and pool"):
         denoiser_from(stable_diffusion_xl(), "a red fox")
     with pytest.raises(ValueError, match=r"prompt_embeds.: \[2, 3, 16\].*each of one row"):
         denoiser_from(stable_diffusion_xl(), embeddings("prompt_embeds", pooled=("pooled_prompt_embeds",)))
