@@ -122,7 +122,8 @@ def _encoder(config: Train, networks: Networks, rows: int) -> dict[str, Pass]:
         def features() -> Tensor:
             total = torch.stack([f.float().mean() for f in tap.encode(call)]).sum()
             if graph == "twice":
-                return torch.autograd.grad(total, x, create_graph=True)[0]
+                penalty = torch.autograd.grad(total, x, create_graph=True)[0]
+                return penalty if of_teacher else torch.cat([penalty.flatten(), total[None]])
             return total
 
         again, fused = graph == "pull" and _able(network), graph != "twice"

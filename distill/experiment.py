@@ -135,6 +135,9 @@ def train(config: schemas.Train, resume: bool, progress: Progress) -> Path:
     accelerator.wait_for_everyone()
     if config.real.name == "teacher":  # long work, begun when nothing is left to refuse
         reals = real_samples(config, subject, accelerator)
+    begun_with = run.folder / NETWORK / "path.sha256"
+    if walked is None and config.target.name != "fixed" and begun_with.is_file():
+        raise ValueError(f"--resume: the path that this run began with is no longer in {config.path}")
     if walked is None and config.target.name != "fixed":
         # Stage 1 has networks of its own: these are let go (some know themselves), and made again after it.
         del subject, heads, reals, averaged
@@ -143,7 +146,7 @@ def train(config: schemas.Train, resume: bool, progress: Progress) -> Path:
         gc.collect()
         return train(config, True, progress)
     if walked is not None and accelerator.is_main_process:
-        _keep_identity(walked.identity, run.folder / NETWORK / "path.sha256", f"the path in {walked.folder} is")
+        _keep_identity(walked.identity, begun_with, f"the path in {walked.folder} is")
     accelerator.wait_for_everyone()
     starts = disback.start_samples(config, subject, device)
     target = disback.target(config, subject, walked, accelerator)

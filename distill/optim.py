@@ -1,6 +1,7 @@
 """One network's update: backward, clip, learning rate, AdamW."""
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -85,7 +86,8 @@ def replicated(accelerator: Accelerator, module: nn.Module) -> nn.Module:
     if accelerator.num_processes == 1 or not any(p.requires_grad for p in module.parameters()):
         return module
     devices = None if accelerator.device.type == "cpu" else [accelerator.device.index or 0]
-    return DistributedDataParallel(module, device_ids=devices, broadcast_buffers=False)
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of a name that older torch has only
+        return DistributedDataParallel(module, device_ids=devices, broadcast_buffers=False)
 
 
 def run_in(accelerator: Accelerator, network: nn.Module) -> None:

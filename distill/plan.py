@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from distill.blueprint import Blueprint, blueprint
 from distill.budget import Budget, Networks, budget, largest_fitting
 from distill.config import Train
-from distill.folders import pipeline_folder, weight_files
+from distill.folders import pipeline_folder, unread_weights, weight_files
 from distill.hardware import SHARE, Hardware
 from distill.launch import check_networks, check_precision
 from distill.noise import Share
@@ -76,7 +76,7 @@ def _of_pipeline(config: Train, built: Blueprint) -> list[str]:
         if path is not None and not Path(path).exists():
             lines.append(f"real.{key}: {path} is not here, so it was not looked at")
     network = networks.teacher.network
-    if not weight_files(networks.teacher.part):
+    if not weight_files(networks.teacher.part) and unread_weights(networks.teacher.part):
         lines.append(f"teacher: {networks.teacher.part} has no weights that are read (safetensors, of no variant)")
     lines.append(
         f"teacher: {networks.teacher.kind}, {type(network).__name__} with {type(teacher.scheduler).__name__}, "

@@ -2,7 +2,7 @@
 
 `distill train` with `logging.keep_every` leaves RUN/snapshots/step-00001000/ ...; here each becomes a source of a batch
 in RUN/evaluation, whose results are lines of RUN/evaluation.jsonl, and a curve in RUN/evaluation.png. What is judged
-already is not judged again, so that the same command continues.
+already is not judged again, unless it is another one now, so that the same command continues.
 """
 
 import json
@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from distill import checkpoint
 from distill.run import read_record
 from samplers.atomic import atomic_write
 from tools.digest import digest_json
@@ -47,9 +48,10 @@ def watch(
     lines, failed = _read(run / RESULTS, settings), dict[int, str]()
     while True:
         ended = once or _ended(run, int(record["steps"]))  # before the look: what is kept last is seen
-        done = {line["step"] for line in lines}
+        done = {line["step"]: line.get("snapshot") for line in lines}
         for step, folder in _snapshots(run).items():
-            if step in done or step in failed:
+            snapshot = checkpoint.identity(folder)  # a resumed run makes the last ones again, on a GPU to rounding
+            if step in failed or (step in done and done[step] in (None, snapshot)):
                 continue
             try:
                 files = judge(_for_snapshot(content, folder.name, folder), run / FOLDER)
@@ -57,7 +59,9 @@ def watch(
                 failed[step] = f"{folder.name}: {error}"
                 say(failed[step])
                 continue
-            lines += [{"step": step, "settings": settings} | json.loads(file.read_text()) for file in files]
+            told = {"step": step, "settings": settings, "snapshot": snapshot}
+            lines = [line for line in lines if line["step"] != step]
+            lines += [told | json.loads(file.read_text()) for file in files]
             lines.sort(key=lambda line: line["step"])
             _write(run / RESULTS, lines)
             _draw(lines, run / CURVE)

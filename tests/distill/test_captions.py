@@ -46,6 +46,7 @@ def test_columns_are_read_as_they_were_written(tmp_path: Path, bom: str) -> None
         ("a.txt", b" \n\n", r"a\.txt is empty"),
         ("a.txt", b"a fox\n \nred hill", r"a\.txt has no words in line 2; needed is one prompt a line"),
         ("a.txt", b"\na fox", r"a\.txt has no words in line 1"),
+        ("a.jsonl", b'{"caption": "a \\ud800 fox"}', r"a\.jsonl has no words in line 1, but half of a character"),
         ("a.txt", b"a fox\nred \xff hill\n", r"a\.txt cannot be read as text in UTF-8, by line 2"),
         ("a.csv", b"", r"a\.csv is empty"),
         ("a.csv", b"caption\n", r"a\.csv is empty"),

@@ -78,7 +78,7 @@ def test_a_harmed_checkpoint_is_never_loaded(tmp_path: Path, name: str, harm: st
     assert checkpoint.newest(tmp_path) == tmp_path / "step-00000001"
 
 
-@pytest.mark.parametrize("content", ["[]", "null", "{}", '{"sha256": 3}'])
+@pytest.mark.parametrize("content", ["[]", "null", "{}", '{"sha256": 3}', '{"sha256": {}, "step": 1}'])
 def test_a_state_that_is_none_is_not_loaded(tmp_path: Path, content: str) -> None:
     (tmp_path / "step-00000001").mkdir()
     (tmp_path / "step-00000001" / "state.json").write_text(content)

@@ -234,6 +234,20 @@ def test_a_run_is_not_overwritten(place: Path) -> None:
     assert_refused(distill("train", "--config", config, "--resume", cwd=place), "checkpoints but no config.yaml")
 
 
+@pytest.mark.slow
+def test_a_harmed_record_of_a_run_is_named(place: Path) -> None:
+    config = write_config(place, TRAIN, steps=4)
+    assert distill("train", "--config", config, cwd=place).code == 0
+    metrics = (place / "student/metrics.jsonl").read_bytes()
+    (place / "student/metrics.jsonl").write_bytes(b"\xff\n" + metrics.replace(b'"seconds"', b'"seconds": null, "was"'))
+    resumed = distill("train", "--config", config, "--resume", cwd=place)
+    assert resumed.code == 0, resumed.err
+    for content, told in (("[1]", "holds no keys"), ("{", "is not JSON")):
+        (place / "student/inputs.json").write_text(content)
+        refused = distill("train", "--config", config, "--resume", cwd=place)
+        assert_refused(refused, f"student/inputs.json: {told}")
+
+
 def test_a_run_is_written_by_one_process_and_free_when_that_is_killed(place: Path) -> None:
     config = write_config(place, TRAIN, steps=100_000)
     metrics, seen = place / "student/metrics.jsonl", 0

@@ -9,6 +9,8 @@ from pydantic import ValidationError
 
 from distill.cli import _parse
 from distill.config import COMMANDS, Teach, Train
+from distill.noise import uncovered
+from distill.ratio import UNCOVERED
 from distill.run import completed, differences
 from distill.sections import Network
 from tests.distill.tiny import TEACH, TRAIN
@@ -42,6 +44,17 @@ def test_a_configuration_is_read_and_read_again_the_same(file: Path, tmp_path: P
     record = tmp_path / "config.yaml"
     record.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     assert parse(content["command"], "--config", record) == config
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_the_fake_score_learns_where_the_student_is_judged(file: Path) -> None:
+    """But for less than a quarter of the levels, from where on a run would tell of it."""
+    content = yaml.safe_load(file.read_text())
+    if content["command"] != "train":
+        pytest.skip("there is no fake score")
+    config = Train.model_validate(content)
+    low, high = config.noise.sigma_min or 0.002, config.noise.sigma_max or 80.0
+    assert uncovered(config.fake, config.noise, low, high) <= UNCOVERED
 
 
 def test_options_after_the_file_override_it(tmp_path: Path) -> None:

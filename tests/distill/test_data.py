@@ -70,6 +70,14 @@ def test_without_sub_folders_there_are_no_classes(tmp_path: Path) -> None:
         folder(tmp_path, 4, 1)
 
 
+def test_hidden_folders_and_files_are_no_images_and_no_classes(tmp_path: Path) -> None:
+    for name in ("a/x.png", "b/x.png", ".ipynb_checkpoints/x-checkpoint.png", "a/._x.png", "a/.trash/x.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    found = image_files(tmp_path, 8)
+    assert (found.classes, [str(f.relative_to(tmp_path)) for f in found.files]) == (("a", "b"), ["a/x.png", "b/x.png"])
+
+
 def test_a_picture_is_turned_as_its_camera_was_and_cropped_in_the_middle(tmp_path: Path) -> None:
     pixels = np.zeros((8, 8), np.uint8)
     pixels[0] = 255  # a white edge on top; orientation 3 is upside down

@@ -13,7 +13,9 @@ from distill.recipe import Sampling, read_recipe
 from samplers import SampleNoise
 from tests.distill import families
 from tests.distill.command import distill
+from tests.distill.runs import assert_refused
 from tests.distill.student_runs import load, save_run
+from tests.distill.tiny import write_config
 from tests.some import some
 from tests.truth import relative_error
 from tools.sources import SourceSettings, open_source
@@ -131,6 +133,33 @@ def test_what_decides_the_pictures_of_a_run_is_in_its_facts(tmp_path: Path, word
         changed.decoder.conv_out.bias.add_(1)
     changed.save_pretrained(tmp_path / "moved/vae")
     assert open_source(tmp_path / "run", settings).facts != before
+
+
+def test_pictures_side_by_side_are_of_one_size(tmp_path: Path) -> None:
+    """A student of another size than its teacher's own is compared to the teacher at its size."""
+    folder = families.save("sd15", tmp_path / "teacher")
+    (tmp_path / "words.csv").write_text("text\na red fox\nhills\n")
+    student = export_size(folder, tmp_path, 32)
+    words = ("sample", "teacher=teacher", f"student={student.name}", "--prompts", "words.csv", "--n", 2, "--steps", 2)
+    refused = distill(*words, cwd=tmp_path)
+    assert_refused(refused, "has no column 'caption'; there are text")
+    words = (*words, "--column", "text")
+    assert_refused(distill(*words, cwd=tmp_path), "teacher [3, 16, 16], student [3, 32, 32]; accepted is one shape")
+    done = distill(*words, "--height", 32, "--width", 32, cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert_refused(distill(*words, "--height", 31, "--width", 32, cwd=tmp_path), "height")
+
+
+def export_size(teacher: Path, place: Path, size: int) -> Path:
+    """An exported student of pictures of size x size, trained for an update."""
+    config: dict[str, Any] = {
+        "command": "train", "run": "run", "teacher": {"path": str(teacher)}, "student": {"sigma_init": None},
+        "prompts": {"file": "words.csv", "column": "text", "height": size, "width": size}, "batch_size": 2, "steps": 1,
+    }  # fmt: skip
+    done = distill("train", "--config", write_config(place, config), cwd=place)
+    assert done.code == 0, done.err
+    assert distill("export", "run", "exported", cwd=place).code == 0
+    return place / "exported"
 
 
 def test_refusals(tmp_path: Path, words: Path) -> None:

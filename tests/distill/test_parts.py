@@ -15,11 +15,19 @@ import distill
 from distill.average import Average
 from distill.data import Images
 from distill.methods import StudentNoise
-from distill.noise import Share, check_log_normal, check_range, karras_level, log_normal_level
+from distill.noise import (
+    Share,
+    check_log_normal,
+    check_range,
+    karras_level,
+    log_normal_level,
+    student_level,
+    uncovered,
+)
 from distill.optim import Update, adamw, learning_rate, student_rate
 from distill.pictures import save_curves, save_grid, side_by_side, to_uint8
 from distill.pretrain import Pretrainer
-from distill.sections import LogNormal, Optimizer
+from distill.sections import Fake, LogNormal, Optimizer
 from distill.student import OneStep
 from samplers import GaussianMixture, karras_sigmas
 
@@ -32,6 +40,31 @@ def test_shares_of_a_batch_are_the_batch() -> None:
     assert torch.equal(torch.cat([p.noise(3).normal((2,)) for p in parts]), whole.noise(3).normal((2,)))
     with pytest.raises(ValueError, match="batch_size: 8 does not divide among 3 processes"):
         Share(5, 8, 0, 3)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_a_part_of_a_batch_is_the_same_samples_on_any_number_of_processes(parts: int) -> None:
+    for part in range(parts):
+        alone = list(Share(5, 16).numbers(3, part, parts))
+        assert alone == list(range(48 + part * 16 // parts, 48 + (part + 1) * 16 // parts))
+        for processes in (2, 4):
+            shares = [Share(5, 16, rank, processes).numbers(3, part, parts) for rank in range(processes)]
+            assert [number for share in shares for number in share] == alone
+    with pytest.raises(ValueError, match="8 samples a process do not divide into 3 parts"):
+        Share(5, 16, 0, 2).numbers(0, 0, 3)
+
+
+def test_both_laws_of_the_students_levels_and_what_the_fake_score_misses_of_them() -> None:
+    u = torch.linspace(0.01, 0.99, 50, dtype=torch.float64)
+    wide, law = StudentNoise(trim=0.0), StudentNoise(name="log-normal", mean=-0.5, std=0.9)
+    assert torch.equal(student_level(u, wide, 0.002, 80.0), karras_level(u, wide, 0.002, 80.0))
+    expected = log_normal_level(u, LogNormal(mean=-0.5, std=0.9), 0.002, 80.0)
+    assert torch.equal(student_level(u, law, 0.002, 80.0), expected)
+    # EDM's log-normal ends at sigma 12, where 30 % of the Karras grid's levels are yet to come
+    assert uncovered(Fake(), wide, 0.002, 80.0) == pytest.approx(0.301, abs=0.001)
+    assert uncovered(Fake(levels="student"), wide, 0.002, 80.0) == 0
+    alike = StudentNoise(name="log-normal")
+    assert uncovered(Fake(), alike, 0.002, 80.0) == pytest.approx(0.001, abs=1e-9)
 
 
 def test_the_students_levels_are_uniform_in_the_karras_index() -> None:

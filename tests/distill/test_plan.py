@@ -1,11 +1,13 @@
 """A dry run of models that this machine could not hold, and its numbers beside what the trainer really takes."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.nn import ModuleList
 
 from distill.blueprint import blueprint
 from distill.budget import Networks, budget, largest_fitting
@@ -145,6 +147,13 @@ def test_shares_and_adapters_hold_what_they_should(tmp_path: Path) -> None:
     for name in ("student", "fake score", "average", "Adam"):
         assert shared[name] == whole[name] / 4
     assert shared["teacher"] == whole["teacher"]
+    # Weights are gathered in float32, and their casts kept, as they are where nothing is shared out.
+    low = [Hardware.parse(text) for text in ("4xH100,bf16", "4xH100,bf16,fsdp")]
+    full, part = (budget(plain, networks(plain, on), on, 2).moments["a fake step"] for on in low)
+    weights = networks(plain).student.network
+    blocks = [block for m in weights.modules() if isinstance(m, ModuleList) for block in m]
+    block = max(sum(p.nbytes for p in block.parameters()) for block in blocks)
+    assert part == full - 4 * (3 / 4) * sum(p.numel() for p in weights.parameters()) + 2 * block
     assert "buckets of gradients (DDP)" in budget(plain, networks(plain), Hardware(processes=2), 2).held
     adapted = networks(lora)
     held = budget(lora, adapted, ONE, 2).held
@@ -152,6 +161,32 @@ def test_shares_and_adapters_hold_what_they_should(tmp_path: Path) -> None:
     assert held["student"] == held["average"] == 4 * trained
     assert held["Adam"] == 2 * 8 * trained
     assert held["teacher"] == whole["teacher"]
+
+
+def test_what_a_plan_advises_is_accepted(tmp_path: Path) -> None:
+    """14 samples at a time might fit, and no 14 are a part of 64."""
+    configured = config(save("sd15", tmp_path / "p"), noise={}, student={"sigma_init": None}, batch_size=64)
+    parts = networks(configured)
+    limit = budget(configured, parts, ONE, 14).peak
+    (line,) = [line for line in plan(configured, Hardware(own=limit)) if "does not fit" in line]
+    rows, accumulation = map(int, re.findall(r"; (\d+) samples at a time would: memory\.accumulation (\d+)", line)[0])
+    assert (rows, accumulation) == (8, 8)
+    more = {"batch_size": 64, "memory": {"accumulation": 8}}
+    again = config(tmp_path / "p", noise={}, student={"sigma_init": None}, **more)
+    assert any("which fits into" in line for line in plan(again, Hardware(own=limit)))
+
+
+@pytest.mark.parametrize("features", ["teacher", "fake"])
+def test_a_penalty_of_the_discriminator_is_in_the_plan(features: str, tmp_path: Path) -> None:
+    folder, found = save("ddpm", tmp_path / "p"), {}
+    for name, more in (("none", {}), ("difference", {"r1": 1.0, "r1_form": "difference"}), ("exact", {"r1": 1.0})):
+        real = {"name": "teacher", "count": 8, "cache": "unused"}
+        made = config(folder, noise={}, student={"sigma_init": None}, real=real, adversarial_weight=0.1,
+                      discriminator={"features": features} | more)  # fmt: skip
+        found[name] = budget(made, networks(made), ONE, 4)
+    flops = {name: f.update["discriminator"] for name, f in found.items()}
+    assert flops["none"] < flops["difference"] < flops["exact"]
+    assert found["none"].moments["a fake step"] <= found["exact"].moments["a fake step"]
 
 
 def test_a_dry_run_reads_no_weights_but_their_names(tmp_path: Path) -> None:
