@@ -196,6 +196,7 @@ def train(config: schemas.Train, resume: bool, progress: Progress) -> Path:
         sigma_data=sigma_data,
         average=average,
         parts=parts,
+        hold=config.student.hold,
         device=device,
     )
 

@@ -213,6 +213,9 @@ class Student(Section):
         2.5, description="noise level of the student's input; null is where the stock pipeline starts"
     )
     steps: Count = Field(1, description="network evaluations for a sample; several are trained by backward simulation")
+    hold: Count = Field(
+        25, description="of several steps: updates in a row that train the same, for the fake score to follow it"
+    )
     lora: Lora = Lora()
     optimizer: Optimizer = Optimizer(lr=2e-4, betas=(0.0, 0.99))
     ema: Fraction = Field(0.99, description="decay of the average of the weights")

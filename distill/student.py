@@ -41,9 +41,16 @@ class Student:
                 x = self._predict(x, sigma, cond) + deviation * noise.normal(z.shape[1:], z.dtype, z.device)
         return self._predict(x, self.sigmas[count - 1], cond)
 
-    def trained_step(self, seed: int, update: int) -> int:
-        """Which step an update trains, from 1: uniform, and the same on all processes."""
-        return 1 if len(self) == 1 else 1 + int(SampleNoise(seed, [update], SIMULATION).integers(len(self)))
+    def trained_step(self, seed: int, update: int, hold: int) -> int:
+        """Which step an update trains, from 1, the same on all processes: each for `hold` updates, then the next of a
+        random order of all.
+
+        Why not another one at every update (DMD2): the fake score then fits the mixture of what all steps make, and so
+        only that mixture is led to the teacher, while each step may be as far from it as the others make up for.
+        """
+        turn, place = divmod(update // hold, len(self))
+        numbers = range(turn * len(self), (turn + 1) * len(self))
+        return 1 + int(SampleNoise(seed, numbers, SIMULATION).uniform().argsort()[place])
 
     def _predict(self, x: Tensor, sigma: float, cond: Any) -> Tensor:
         return self.denoiser(x, x.new_full((), sigma), cond)

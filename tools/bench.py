@@ -23,6 +23,7 @@ from tools.bench_optimum import draw_optima, optimum_rows, optimum_table, ratio_
 from tools.bench_particles import particles_tables
 from tools.bench_particles_digits import cost_tables
 from tools.bench_particles_digits import digits_tables as digits_particles
+from tools.bench_steps import steps_table
 from tools.bench_teleport import digits_tables, mixtures_table
 from tools.bench_toys import coverage
 
@@ -40,6 +41,10 @@ def main() -> None:
         "digits": (
             "One-step students of the digits, by training seed",
             lambda folder, seeds, *_: _digits(folder, seeds),
+        ),
+        "steps": (
+            "Students of several steps, and how long the same one is trained",
+            lambda folder, seeds, _, jobs: steps_table(folder, seeds, jobs),
         ),
         "coverage": (
             "Coverage of modes, exact teacher",

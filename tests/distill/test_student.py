@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from distill import Fixed, OneStep, Trainer
 from distill.average import Average
-from distill.noise import SIMULATION, Share
+from distill.noise import Share
 from distill.optim import Update
 from distill.student import Student
 from samplers import GaussianMixture, SampleNoise
@@ -77,13 +77,44 @@ def test_the_gradient_is_that_of_the_last_step_simulated(count: int) -> None:
 
 
 def test_every_step_is_trained_as_often_and_alike_on_all_processes() -> None:
-    """Uniform to 4 standard errors of 3,000 draws, and a function of (seed, update)."""
+    """In turns through all, in a random order, each for so many updates: a function of (seed, update)."""
     student = Student(MIXTURE, SIGMAS, 4.0, NOISES)
-    drawn = torch.tensor([student.trained_step(7, n) for n in range(3000)])
-    counts = drawn.bincount(minlength=4)[1:]
-    assert bool(((counts - 1000).abs() < 4 * (3000 * 2 / 9) ** 0.5).all())
-    assert drawn[:20].tolist() == [1 + int(SampleNoise(7, [n], SIMULATION).integers(3)) for n in range(20)]
-    assert OneStep(MIXTURE, 2.5).trained_step(7, 0) == 1
+    for hold in (1, 4):
+        drawn = torch.tensor([student.trained_step(7, n, hold) for n in range(600 * hold)]).unflatten(0, (200, 3, hold))
+        assert bool((drawn == drawn[..., :1]).all())
+        orders = drawn[..., 0]
+        assert orders.sort(1).values.unique(dim=0).tolist() == [[1, 2, 3]]
+        # each of the six orders as often as the others, to 4 standard errors of 200 draws
+        found = orders.unique(dim=0, return_counts=True)[1]
+        assert len(found) == 6
+        assert bool(((found - 200 / 6).abs() < 4 * (200 * 5 / 36) ** 0.5).all())
+    assert [student.trained_step(8, n, 1) for n in range(60)] != [student.trained_step(7, n, 1) for n in range(60)]
+    assert OneStep(MIXTURE, 2.5).trained_step(7, 9, 25) == 1
+
+
+def test_a_step_is_trained_as_long_as_the_trainer_holds_it() -> None:
+    """As seen by the network: a student's update calls it as often as the step's number, and once more for the fake."""
+    calls: list[int] = []
+
+    class Counting(Affine):
+        def forward(self, x: Tensor, sigma: Tensor, cond: Any = None) -> Tensor:
+            calls[-1] += 1
+            return super().forward(x, sigma, cond)
+
+    student, fake = Counting(0.5), Affine(0.5)
+    updates = [
+        Update(torch.optim.SGD(n.parameters(), lr=0.05), lambda step: 0.05, modules=[n]) for n in (student, fake)
+    ]
+    trainer = Trainer(
+        Student(student, SIGMAS, 4.0, NOISES), fake, Fixed(MIXTURE), *updates, student_level=lambda u: 0.1 + u,
+        fake_level=lambda u: 0.2 + u, share=Share(3, 4), shape=(2,), hold=5,
+    )  # fmt: skip
+    for n in range(30):
+        calls.append(0)
+        trainer.step(n)
+    assert calls == [trainer.student.trained_step(3, n, 5) for n in range(30)]
+    assert sorted(calls) == [1] * 10 + [2] * 10 + [3] * 10
+    assert all(len(set(calls[n : n + 5])) == 1 for n in range(0, 30, 5))
 
 
 class Affine(nn.Module):
@@ -108,7 +139,7 @@ def trained(parts: int, steps: tuple[float, ...] = (4.0,)) -> tuple[list[Tensor]
     trainer = Trainer(
         Student(networks[0], steps, steps[0], steps[1:]), networks[1], Fixed(MIXTURE), *updates,
         student_level=lambda u: 0.1 + u, fake_level=lambda u: 0.2 + u, share=Share(0, 12), shape=(2,), fake_steps=2,
-        average=Average(average, networks[0], 0.5), parts=parts,
+        average=Average(average, networks[0], 0.5), parts=parts, hold=1,
     )  # fmt: skip
     metrics: dict[str, Tensor] = {}
     for n in range(3):

@@ -63,9 +63,7 @@ def test_every_snapshot_is_judged_once_as_a_score_would(place: Path) -> None:
     assert lines(place) == found
     assert not (place / "student/evaluation.png").exists()  # nothing was left to do
 
-    shutil.rmtree(
-        place / "student/snapshots/step-00000002"
-    )  # another one, as GPUs make it again
+    shutil.rmtree(place / "student/snapshots/step-00000002")  # another one, as GPUs make it again
     shutil.copytree(place / "student/snapshots/step-00000004", place / "student/snapshots/step-00000002")
     again = forked("watch", "student", *ASKED, "--once", cwd=place)
     assert again.returncode == 0, again.stderr
