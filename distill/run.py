@@ -2,6 +2,7 @@
 
 config.yaml     the resolved configuration; `--config RUN/config.yaml` repeats the run
 versions.json   of Python and the libraries             inputs.json   SHA-256 of the words and images that it names
+.lock           held by the process that writes the folder
 metrics.jsonl   one line per interval: step, seconds, the mean of every metric
 checkpoints/    step-00000100/ ...     samples/  step-00000100.png ...     curves.png
 snapshots/      step-00001000/average.safetensors, state.json ... which stay, for a job that evaluates them
