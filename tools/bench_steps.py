@@ -37,8 +37,8 @@ def steps_table(
         (steps, hold), seed = task
         name = _name(steps, hold, seed)
         command = ("distill.cli", "train", "--config", CONFIG, f"--student.steps={steps}", f"--student.hold={hold}")
-        command += (f"--seed={seed}", f"--teacher.path={source}", f"--run={own / name}", f"--steps={updates}")
-        timed(own, name, *command, "--resume")
+        more = (f"--seed={seed}", f"--teacher.path={source}", f"--run={own / name}", f"--steps={updates}", "--resume")
+        timed(own, name, *command, *more)
 
     with ThreadPoolExecutor(jobs) as pool:
         list(pool.map(make, tasks))
