@@ -47,6 +47,7 @@ def main() -> None:
     try:
         command, arguments = _parse(sys.argv[1:])
         _COMMANDS[command](arguments)
+        sys.stdout.flush()
     except KeyboardInterrupt:
         _fail("interrupted" + ("; continue with --resume" if command in COMMANDS else ""), 130)
     except BrokenPipeError:
@@ -61,14 +62,13 @@ def main() -> None:
             raise
         _fail(message)
     finally:
-        _leave_group()
-
-
-def _leave_group() -> None:
-    """Ends torch's process group while the interpreter lives: gloo's threads may abort a process that exits in one."""
-    distributed = sys.modules.get("torch.distributed")
-    if distributed is not None and distributed.is_available() and distributed.is_initialized():
-        distributed.destroy_process_group()
+        shared = sys.modules.get("distill.together")
+        was_shared = shared is not None and shared.leave_group()
+    if was_shared:
+        # Gloo's threads outlive the group, which networks hold on to. One that lets go of a tensor while the
+        # interpreter ends would abort a process that has done its work; multiprocessing ends its own in this way too.
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def explain(error: Exception) -> str:

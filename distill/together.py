@@ -23,6 +23,15 @@ def joined(**settings: Any) -> Accelerator:
     return Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)], **settings)
 
 
+def leave_group() -> bool:
+    """Ends this process's part in torch's process group; returns whether there was one."""
+    distributed = torch.distributed
+    if not distributed.is_available() or not distributed.is_initialized():
+        return False
+    distributed.destroy_process_group()
+    return True
+
+
 def said_once(message: str) -> bool:
     """Whether this process is the one that tells the user what ended it: the first process tells what ended that, any
     other what did not end the first."""

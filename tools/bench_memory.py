@@ -47,7 +47,7 @@ _ADDED = {"addition_embed_type": "text_time", "addition_time_embed_dim": 32, "us
 _JOINT = {"attention_head_dim": 32, "num_attention_heads": 4, "joint_attention_dim": 64, "pooled_projection_dim": 64}
 _FLOW = ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0})
 _PNDM = ("PNDMScheduler", {"steps_offset": 1})
-_EDM = ("CMStochasticIterativeScheduler", {"sigma_min": 0.002, "sigma_max": 80.0})
+_EDM = ("EDMEulerScheduler", {"sigma_min": 0.002, "sigma_max": 80.0})
 
 Part = tuple[str, dict[str, Any]]
 FAMILIES: dict[str, tuple[str, Part, Part]] = {  # pipeline, network, scheduler

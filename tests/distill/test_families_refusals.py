@@ -108,7 +108,7 @@ FOLDERS: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     "no text encoder": (without("text_encoder"), ("teacher/text_encoder",)),
     "no tokenizer": (without("tokenizer"), ("teacher/tokenizer",)),
     "null VAE": (null("vae"), ("teacher", "vae")),
-    "null text encoder": (null("text_encoder"), ("teacher", "text encoder", "prompts.encoded")),
+    "null text encoder": (null("text_encoder"), ("prompts.file", "teacher has no text_encoder", "prompts.encoded")),
     "null network": (null("unet"), ("teacher", "unet")),
     "other config": (
         lambda place: change(place / "teacher/unet/config.json", cross_attention_dim=24),
