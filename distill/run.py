@@ -86,7 +86,7 @@ class Run:
             raise ValueError(f"--resume: {', '.join(changed)}: its files are not those that {self.folder} began with")
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            for left in self.folder.glob(".*.tmp"):  # by a run that was killed
+            for left in (*self.folder.glob(".*.tmp"), *self.folder.glob("samples/.*.tmp")):  # by a run that was killed
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
             _write(file, yaml.safe_dump(record, sort_keys=False))
             versions = {name: version(name) for name in LIBRARIES} | {"python": platform.python_version()}

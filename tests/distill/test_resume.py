@@ -83,7 +83,8 @@ def test_a_truncated_checkpoint_is_passed_over_and_the_metrics_are_cut_to_it(pla
     left = place / "harmed/checkpoints/.step-00000006.tmp"
     left.mkdir()
     (left / "student.safetensors").write_bytes(b"half")
-    (place / "harmed/.config.yaml.0badcafe.tmp").write_bytes(b"half")
+    for name in (".config.yaml.0badcafe.tmp", "samples/.step-00000006.png.0badcafe.tmp"):
+        (place / "harmed" / name).write_bytes(b"half")
     with (place / "harmed/metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "secon')  # a line that a kill cut short
 
