@@ -191,6 +191,16 @@ class Train(Section):
             return self.prompts.model_copy(update={"encoded": self.real.encoded})
         return self.prompts
 
+    @property
+    def fake_noise(self) -> StudentNoise:
+        """The law of the fake score's noise levels, in both stages."""
+        if self.fake.levels == "student":
+            return self.noise
+        own, ends = self.fake.noise, self.noise
+        return StudentNoise(
+            name="log-normal", mean=own.mean, std=own.std, sigma_min=ends.sigma_min, sigma_max=ends.sigma_max
+        )
+
     def first_stage(self) -> "FirstStage":
         """What decides the degradation path, of all that decides this run."""
         return FirstStage(
@@ -205,9 +215,8 @@ class Train(Section):
             lora=self.fake.lora,
             prompts=self.prompt_source,
             memory=self.memory,
-            noise=self.fake.noise,
-            sigma_min=self.noise.sigma_min,
-            sigma_max=self.noise.sigma_max,
+            levels=self.fake.levels,
+            noise=self.fake_noise.model_copy(update={"weighting": StudentNoise().weighting}),
             degradation=self.degradation,
             batch_size=self.batch_size,
             logging=self.logging,
@@ -288,9 +297,8 @@ class FirstStage(Section):
     lora: Lora = Field(Lora(), description="of the network that is degraded")
     prompts: Prompts = Prompts()
     memory: Memory = Memory()
-    noise: LogNormal = Field(description="noise levels of the denoising loss")
-    sigma_min: Positive | None = Field(description="lowest level; null is the teacher's")
-    sigma_max: Positive | None = Field(description="highest level; null is the teacher's")
+    levels: Literal["own", "student"] = Field("own", description="whose law `noise` is: fake.noise, or the student's")
+    noise: StudentNoise = Field(description="noise levels of the denoising loss; its weighting is of no use here")
     degradation: Degradation
     batch_size: Count = Field(description="samples per update, over all processes")
     logging: Logging

@@ -24,7 +24,7 @@ from distill.lora import shared_copy
 from distill.methods import Degradation
 from distill.mismatch import SAMPLES, score_mismatch
 from distill.nodes import MANIFEST, DegradationPath, Node, Weights, load_own, write_node
-from distill.noise import DEGRADATION, MISMATCH, PROBE, Share, log_normal_level
+from distill.noise import DEGRADATION, MISMATCH, PROBE, Share, student_level
 from distill.optim import prepare, run_in
 from distill.progress import Progress, is_first
 from distill.run import Run, completed, differences, drive, read_record
@@ -69,7 +69,7 @@ def degrade(
     run = Run(stage, resume, accelerator)
     student = subject.as_student(_frozen(subject.student, subject).to(accelerator.device))
     denoiser, update = prepare(accelerator, subject.fake, stage.degradation.optimizer, stage.degradation.steps)
-    level = partial(log_normal_level, config=stage.noise, sigma_min=low, sigma_max=high)
+    level = partial(student_level, config=stage.noise, sigma_min=low, sigma_max=high)
     parts = stage.memory.accumulation or accelerator.gradient_accumulation_steps
     rows = len(share.numbers(0, 0, parts))
     noise = SampleNoise(stage.seed, range(PROBED), PROBE)
@@ -153,6 +153,7 @@ def _refuse_other_settings(config: Train, complete: bool) -> None:
     folder = Path(config.path)
     record, stage = read_record(folder), config.first_stage()
     changed = sorted(differences(completed(stage, record), stage.model_dump(mode="json"))) if record else []
+    changed = [key for key in changed if key != "memory.accumulation"]  # nothing is normalised there
     if changed:
         use = "name it in target.path of a run to use it as it is" if complete else "choose another folder"
         raise ValueError(

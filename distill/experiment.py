@@ -18,7 +18,7 @@ from distill.adversary import Adversary, ScoreOnly
 from distill.average import Average
 from distill.card import teacher_card
 from distill.export import save_pipeline, teacher_scheduler
-from distill.folders import FACTS, network_part, part_folder, pipeline_folder, weight_files
+from distill.folders import FACTS, NETWORK, network_part, part_folder, pipeline_folder, weight_files
 from distill.launch import launched
 from distill.lora import shared_copy
 from distill.noise import Share, check_log_normal, log_normal_level, student_level
@@ -38,11 +38,10 @@ from distill.student_run import HUB_ID
 from distill.subject import checked_subject, preview_start, sampled, toy_preview
 from distill.targets import Backtracking
 from distill.trainer import Trainer, by_distance, by_level, unweighted
-from samplers import denoiser_from
+from samplers import Denoiser, denoiser_from
 from samplers.atomic import atomic_write
 
 Progress = Callable[[int, dict[str, float]], None]
-NETWORK = "network"  # in a run folder: the teacher's configuration without its weights
 _SCHEDULER = "scheduler/scheduler_config.json"
 
 
@@ -125,10 +124,11 @@ def train(config: schemas.Train, resume: bool, progress: Progress) -> Path:
     parts = config.memory.accumulation or accelerator.gradient_accumulation_steps
     share.numbers(0, 0, parts)  # refuses parts that are not whole
     check_normalised(config, parts)
+    stated = config
     if parts > 1 and not config.divergence.constant:  # what is normalised over a part is not what is over another
         config = config.model_copy(update={"memory": config.memory.model_copy(update={"accumulation": parts})})
     averaged = sharding.place(accelerator, shared_copy(subject.student).requires_grad_(False))
-    walked = disback.recorded_path(config, subject)
+    walked = disback.recorded_path(stated, subject)
     run = Run(config, resume, accelerator)
     if accelerator.is_main_process and config.teacher.path is not None:
         _keep_teacher(config, run.folder / NETWORK)
@@ -142,9 +142,9 @@ def train(config: schemas.Train, resume: bool, progress: Progress) -> Path:
         # Stage 1 has networks of its own: these are let go (some know themselves), and made again after it.
         del subject, heads, reals, averaged
         gc.collect()
-        disback.degrade(config)
+        disback.degrade(stated)
         gc.collect()
-        return train(config, True, progress)
+        return train(stated, True, progress)
     if walked is not None and accelerator.is_main_process:
         _keep_identity(walked.identity, begun_with, f"the path in {walked.folder} is")
     accelerator.wait_for_everyone()
@@ -164,12 +164,13 @@ def train(config: schemas.Train, resume: bool, progress: Progress) -> Path:
     )
     average = Average(averaged, subject.student, config.student.ema, config.memory.ema)
     student_levels = partial(student_level, config=config.noise, sigma_min=low, sigma_max=high)
-    fake_levels = partial(log_normal_level, config=config.fake.noise, sigma_min=low, sigma_max=high)
+    fake_levels = partial(student_level, config=config.fake_noise, sigma_min=low, sigma_max=high)
     modules: dict[str, nn.Module] = {"student": subject.student, "fake": subject.fake, "average": averaged}
     adversary: Adversary = ScoreOnly()
     if heads is not None and reals is not None and trained_heads is not None:
         modules["discriminator"] = heads
         adversary = adversary_of(config, subject, heads, trained_heads, reals, starts, student_levels)
+    del starts  # the first student, which a bridge lets go of at its end
     if isinstance(target, Backtracking):
         modules["target"] = target
     ratio_weight = None
@@ -184,7 +185,7 @@ def train(config: schemas.Train, resume: bool, progress: Progress) -> Path:
         student_update,
         fake_update,
         student_level=student_levels,
-        fake_level=student_levels if config.fake.levels == "student" else fake_levels,
+        fake_level=fake_levels,
         share=share,
         shape=subject.shape,
         conditions=subject.conditions,
@@ -197,6 +198,7 @@ def train(config: schemas.Train, resume: bool, progress: Progress) -> Path:
         average=average,
         parts=parts,
         hold=config.student.hold,
+        begins_last=walked is not None,
         device=device,
     )
 
@@ -206,7 +208,9 @@ def train(config: schemas.Train, resume: bool, progress: Progress) -> Path:
 
     measure = None
     if config.logging.mismatch_every is not None:
-        denoisers = {"target": target, "teacher": subject.target, "fake": subject.fake}
+        denoisers: dict[str, Denoiser] = {"target": target, "teacher": subject.target}
+        if config.student.steps == 1:  # of several steps the fake score knows the one that is held, not what all make
+            denoisers["fake"] = subject.fake
         rows = min(256, len(share.numbers(0, 0, parts)))
         measure = partial(disback.measured, config, subject, denoisers, (low, high), rows, device)
     drive(

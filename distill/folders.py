@@ -15,6 +15,7 @@ import torch
 
 from samplers.prompts import PIPELINES
 
+NETWORK = "network"  # in a folder of `distill train`: its teacher's configuration without weights
 FACTS = "distill.json"  # beside model_index.json: what a diffusers folder has no place for
 SUPPORTED = ("UNet2DModel",)  # networks of pixels
 UNUSED = ("feature_extractor", "image_encoder", "safety_checker")  # parts that no sample is made by
@@ -37,7 +38,9 @@ def pipeline_folder(path: str | Path) -> Path:
     hint = ""
     if (Path(path) / "config.yaml").is_file():
         hint = " (this run has not finished: continue it with --resume)"
-        if (Path(path) / "model").is_dir():
+        if (Path(path) / NETWORK).is_dir():
+            hint = " (this is a run of `distill train`, whose student knows its own noise levels only)"
+        elif (Path(path) / "model").is_dir():
             hint = " (this run learned a toy, which teacher.name names)"
     raise ValueError(f"{path}: is no pipeline folder of diffusers, there is no model_index.json in it{hint}")
 
@@ -66,7 +69,7 @@ def sample_shape(config: Mapping[str, Any]) -> tuple[int, int, int]:
 
     Raises ValueError where it names no size.
     """
-    size = config["sample_size"]
+    size = config.get("sample_size")
     if size is None:
         raise ValueError("sample_size: null in the network's config.json; needed is the side of its samples in pixels")
     height, width = size if isinstance(size, list | tuple) else (size, size)

@@ -40,6 +40,11 @@ def launched(config: Teach | Train | FirstStage) -> Accelerator:
         accelerator = joined(log_with=trackers or None, project_dir=config.run)
     except (ImportError, NotImplementedError, RuntimeError, ValueError) as error:
         raise ValueError(f"accelerate launch: {' '.join(str(error).split())}") from error
+    if accelerator.device.type == "mps":
+        raise ValueError(
+            "device: mps has no float64, which noise levels are computed in; accepted are other GPUs, and the CPU "
+            "(ACCELERATE_USE_CPU=true)"
+        )
     check_launch(accelerator, config)
     return accelerator
 

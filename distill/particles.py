@@ -184,7 +184,9 @@ def load_particle_generator(
     teacher = Teacher.load(pipeline_folder(path), guidance)
     consistency = type(teacher.scheduler).__name__ == "CMStochasticIterativeScheduler"
     if teacher.facts.get("kind", "student" if consistency else "teacher") == "student":
-        raise ValueError(f"{path}: is a one-step student; targets are sampled from diffusion models")
+        raise ValueError(
+            f"{path}: is a student, which knows its own noise levels only; targets are sampled from diffusion models"
+        )
     if choice.name == "guided" and teacher.guidance == 1:
         raise ValueError("guidance: 1 is the model itself; the target 'guided' needs another scale")
     if choice.name == "product" and guidance == 0:

@@ -72,9 +72,11 @@ def _of_pipeline(config: Train, built: Blueprint) -> list[str]:
     networks, teacher, steps = built.networks, built.teacher, built.subject.steps
     assert steps is not None, "a pipeline's student has some"
     lines = [_shape(teacher.shape, *built.levels)]
-    for key, path in (("data.path", config.real.data.path), ("encoded", config.real.encoded)):
+    named = {"real.data.path": config.real.data.path, "real.encoded": config.real.encoded}
+    named |= {"prompts.file": config.prompts.file, "prompts.encoded": config.prompts.encoded}
+    for key, path in named.items():
         if path is not None and not Path(path).exists():
-            lines.append(f"real.{key}: {path} is not here, so it was not looked at")
+            lines.append(f"{key}: {path} is not here, so it was not looked at")
     network = networks.teacher.network
     if not weight_files(networks.teacher.part) and unread_weights(networks.teacher.part):
         lines.append(f"teacher: {networks.teacher.part} has no weights that are read (safetensors, of no variant)")

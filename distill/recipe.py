@@ -17,6 +17,7 @@ from distill.captions import read_prompts
 from distill.export import is_plain_safetensors
 from distill.folders import (
     FACTS,
+    NETWORK,
     SUPPORTED,
     UNUSED,
     class_count,
@@ -148,7 +149,7 @@ def gaussian_of(path: Path) -> Gaussian:
 
 def _student_run(path: Path, sampling: Sampling) -> Recipe:
     run = StudentRun.read(path)
-    files = [run.checkpoint / "average.safetensors", *_of_parts(run.folder / "network", (run.part, "scheduler"), False)]
+    files = [run.checkpoint / "average.safetensors", *_of_parts(run.folder / NETWORK, (run.part, "scheduler"), False)]
     base = None
     if not run.in_pixels:
         base = run.base()

@@ -15,8 +15,10 @@ def sample(arguments: Namespace) -> Iterator[str]:
 
     Raises ValueError, naming the option, for what does not fit, before any file is read.
     """
-    if arguments.n < 1 or arguments.steps < 1:
-        raise ValueError(f"--n, --steps: {arguments.n}, {arguments.steps}; both must be at least 1")
+    steps = 18 if arguments.steps is None else arguments.steps
+    guidance = 1.0 if arguments.guidance is None else arguments.guidance
+    if arguments.n < 1 or steps < 1:
+        raise ValueError(f"--n, --steps: {arguments.n}, {steps}; both must be at least 1")
     out = Path(arguments.out)
     if out.suffix.lower() != ".png":
         raise ValueError(f"--out: {out} is not named .png")
@@ -29,7 +31,7 @@ def sample(arguments: Namespace) -> Iterator[str]:
     from distill.recipe import Sampling, read_recipe
 
     choice, grids = _target(arguments), []
-    steps, guidance, device = arguments.steps, arguments.guidance, arguments.device
+    device = arguments.device
     usable_device(device)
     named = [_named(source) for source in arguments.sources]
     recipes = []
@@ -38,9 +40,15 @@ def sample(arguments: Namespace) -> Iterator[str]:
         sizes = {"height": arguments.height, "width": arguments.width}
         sampling = Sampling(arguments.sampler or "heun", steps, guidance, **words, **sizes)
         recipes = [read_recipe(path, sampling) for _, path in named]
+        own = ("sampler", "steps", "guidance", "height", "width")
+        ignored = [f"--{name}: {getattr(arguments, name)}" for name in own if getattr(arguments, name) is not None]
+        if ignored and all(recipe.student is not None for recipe in recipes):
+            raise ValueError(f"{ignored[0]}; is for diffusion models: a student has steps and a size of its own")
         if len({recipe.shape for recipe in recipes}) > 1:
             told = ", ".join(f"{name} {list(r.shape)}" for (name, _), r in zip(named, recipes, strict=True))
-            raise ValueError(f"sources: of pictures {told}; accepted is one shape (--height, --width: of a pipeline's)")
+            raise ValueError(
+                f"sources: of pictures {told}; accepted is one shape (--height, --width: of a diffusion model's)"
+            )
     for k, (name, path) in enumerate(named):
         generator: ImageGenerator | ParticleGenerator
         if choice is None:

@@ -100,7 +100,9 @@ class Logging(Section):
     sample_every: Count = Field(100, description="between grids of samples and training curves")
     checkpoint_every: Count = Field(100, description="between checkpoints; the last two are kept")
     mismatch_every: Count | None = Field(
-        None, description="for train: between measurements of the mismatch to target and teacher; null is none"
+        None,
+        description="for train: between measurements of the mismatch to target and teacher (a student of "
+        "one step: and of the fake score's error); null is none",
     )
     keep_every: Count | None = Field(
         None, description="for train: between averages of the weights that stay, for a separate job to evaluate"

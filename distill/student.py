@@ -1,6 +1,7 @@
 """Students: a denoiser called once on pure noise, or a few times with fresh noise in between."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ class Student:
     def __init__(self, denoiser: Denoiser, sigmas: Sequence[float], start: float, noises: Sequence[float] = ()) -> None:
         if len(noises) != len(sigmas) - 1:
             raise ValueError(f"noises: {len(noises)} for {len(sigmas)} levels; needed is one after each but the last")
+        if any(after >= before for before, after in pairwise(sigmas)):
+            raise ValueError(f"sigmas: {list(sigmas)}; accepted are levels that fall")
         self.denoiser, self.sigmas, self.start, self.noises = denoiser, tuple(sigmas), start, tuple(noises)
 
     def __len__(self) -> int:
@@ -41,16 +44,19 @@ class Student:
                 x = self._predict(x, sigma, cond) + deviation * noise.normal(z.shape[1:], z.dtype, z.device)
         return self._predict(x, self.sigmas[count - 1], cond)
 
-    def trained_step(self, seed: int, update: int, hold: int) -> int:
+    def trained_step(self, seed: int, update: int, hold: int, begins_last: bool = False) -> int:
         """Which step an update trains, from 1, the same on all processes: each for `hold` updates, then the next of a
-        random order of all.
+        random order of all. begins_last: the first is the last step, whose samples are the student's.
 
         Why not another one at every update (DMD2): the fake score then fits the mixture of what all steps make, and so
         only that mixture is led to the teacher, while each step may be as far from it as the others make up for.
         """
         turn, place = divmod(update // hold, len(self))
         numbers = range(turn * len(self), (turn + 1) * len(self))
-        return 1 + int(SampleNoise(seed, numbers, SIMULATION).uniform().argsort()[place])
+        places = SampleNoise(seed, numbers, SIMULATION).uniform()
+        if begins_last and turn == 0:
+            places[-1] = -1.0
+        return 1 + int(places.argsort()[place])
 
     def _predict(self, x: Tensor, sigma: float, cond: Any) -> Tensor:
         return self.denoiser(x, x.new_full((), sigma), cond)

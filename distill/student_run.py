@@ -11,6 +11,7 @@ from torch import Tensor
 from distill import checkpoint
 from distill.config import Train
 from distill.folders import (
+    NETWORK,
     index_of,
     part_folder,
     pipeline_folder,
@@ -20,6 +21,7 @@ from distill.folders import (
     sample_shape,
     weight_files,
 )
+from distill.progress import note
 from distill.run import read_record
 from distill.stock import PIXELS, Steps, student_steps
 from samplers.adapters import Coordinates, coordinates_of
@@ -71,7 +73,9 @@ class StudentRun:
         found = path if is_one else checkpoint.newest(run / "checkpoints")
         if found is None:
             raise ValueError(f"{run}: has no checkpoint yet")
-        kept = run / "network"
+        if harmed := [folder.name for folder in found.parent.glob("step-*") if folder.name > found.name]:
+            note(f"{run}: {max(harmed)} is not whole, or not what was written; taken is {found.name}")
+        kept = run / NETWORK
         index = index_of(kept)
         part = next((name for name in NETWORKS if (kept / name / "config.json").is_file()), None)
         if part is None:
@@ -113,7 +117,7 @@ class StudentRun:
     @property
     def hub_id(self) -> str | None:
         """The id of the teacher's repository; None where it was a folder."""
-        file = self.folder / "network" / HUB_ID
+        file = self.folder / NETWORK / HUB_ID
         return file.read_text() if file.is_file() else None
 
     @property

@@ -195,8 +195,9 @@ def checked_subject(
     """The subject and the range of noise levels, both found good before anything is written."""
     subject = load_subject(config, device, precision)
     if isinstance(config, FirstStage):
-        low, high = subject.range(config.sigma_min, config.sigma_max)
-        check_log_normal("fake.noise", config.noise, low, high)
+        low, high = subject.range(config.noise.sigma_min, config.noise.sigma_max)
+        if config.noise.name == "log-normal":
+            check_log_normal("fake.noise" if config.levels == "own" else "noise", config.noise, low, high)
         return subject, low, high
     return subject, *check_fit(config, subject, subject.n_conditions)
 
@@ -204,6 +205,7 @@ def checked_subject(
 def check_fit(config: Train, subject: Subject, n_conditions: int | None) -> tuple[float, float]:
     """The range of noise levels of a run. Raises ValueError where it does not fit the subject, and for numbers of
     samples that are too few for its conditions."""
+    _check_turns(config)
     low, high = subject.range(config.noise.sigma_min, config.noise.sigma_max)
     if config.fake.levels == "own":
         check_log_normal("fake.noise", config.fake.noise, low, high)
@@ -219,6 +221,23 @@ def check_fit(config: Train, subject: Subject, n_conditions: int | None) -> tupl
             f"real.count: {config.real.count} is less than one for each of {n_conditions} classes or prompts"
         )
     return low, high
+
+
+def _check_turns(config: Train) -> None:
+    """Raises ValueError where a run would leave a step of its student out, altogether or on the path."""
+    student, target = config.student, config.target
+    if student.steps == 1:
+        return
+    turn = student.hold * student.steps
+    why = f"{student.steps} steps of a student, each held for {student.hold} updates (student.hold)"
+    if config.steps < turn:
+        raise ValueError(f"steps: {config.steps}; {why}, need at least {turn}")
+    if target.moves and target.updates < turn:
+        raise ValueError(f"target.updates: {target.updates}; {why}, need at least {turn} for a path to guide all")
+    if target.moves and target.schedule == "adaptive":
+        raise ValueError(
+            "target.schedule: adaptive; mismatches of a student's several steps do not compare, accepted is even"
+        )
 
 
 def _toy(config: Train | FirstStage, device: torch.device) -> Subject:
@@ -261,7 +280,12 @@ def _toy_student(config: Train | FirstStage) -> Callable[[Denoiser], Student]:
         raise ValueError(
             f"student.sigma_init: {first} is outside the teacher's range [{toy.SIGMA_MIN:.6g}, {toy.SIGMA_MAX:.6g}]"
         )
-    index = 1 - torch.arange(count) / count
+    if count > 1 and config.teacher.path is None:
+        raise ValueError(
+            f"student.steps: {count}; the student of an exact teacher sees no noise level, accepted is 1 (or a "
+            "teacher.path of a toy's network)"
+        )
+    index = torch.arange(count) / count
     sigmas = [first, *karras_sigma(index, toy.SIGMA_MIN, first, 7.0)[1:].tolist()]
     return lambda denoiser: Student(denoiser, sigmas, first, sigmas[1:])
 

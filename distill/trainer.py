@@ -70,7 +70,7 @@ class Trainer:
     `adversarial_weight`; fake_update then trains its heads too. average(n): told when the student is as it is after
     update n. parts: a process's batch is computed in so many, one after the other; the weights that are normalised over
     a batch are then over a part. Of a student of several steps an update trains one, on what those before it made, and
-    `hold` updates in a row the same.
+    `hold` updates in a row the same; begins_last: the last step first, where the fake score knows its samples already.
 
     Cost of an update at batch B with K = fake_steps, in network passes over B samples (a guided target counts 2):
     forwards: student 1, target 1, fake 1 + K; backwards: student 1, fake K. The student does not move during the fake
@@ -97,6 +97,7 @@ class Trainer:
     average: Callable[[int], object] | None = None
     parts: int = 1
     hold: int = 25
+    begins_last: bool = False
     device: torch.device | str = "cpu"
 
     def __post_init__(self) -> None:
@@ -127,7 +128,7 @@ class Trainer:
 
     def _student_losses(self, n: int, parts: list["_Part"], metrics: list[dict[str, Tensor]]) -> Iterator[Tensor]:
         """The student's loss on each part of its batch; what the fake score learns from is left in `parts`."""
-        step = self.student.trained_step(self.share.seed, n, self.hold)
+        step = self.student.trained_step(self.share.seed, n, self.hold, self.begins_last)
         for p in range(self.parts):
             with self.student_update.no_sync(p + 1 < self.parts):
                 noise = self.share.noise(n, p, self.parts)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from distill.cli import explain
 from distill.progress import is_first
 from tools.arguments import DIGITS, parser
 from tools.manifest import DEFAULT_METRICS, Manifest, manifest_of, read_content, read_manifest
@@ -35,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         if os.environ.get("DISTILL_TRACEBACK"):
             raise
-        print(f"distill-fid: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"distill-fid: error: {explain(error)}", file=sys.stderr)
         return 2
 
 

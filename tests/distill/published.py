@@ -133,3 +133,32 @@ def save(pipeline: str, folder: Path) -> Path:
         file = "scheduler_config.json" if name == "scheduler" else "config.json"
         (folder / name / file).write_text(json.dumps(config))
     return folder
+
+
+_D, _A, _U, _AU = "DownBlock2D", "AttnDownBlock2D", "UpBlock2D", "AttnUpBlock2D"
+_WIDE = {"layers_per_block": 4, "attention_head_dim": 256}
+_EDM: dict[str, dict[str, Any]] = {  # the nearest UNet2DModel to EDM's networks: their widths, depths and attention
+    "cifar10": _WIDE
+    | {"sample_size": 32, "block_out_channels": [256] * 3, "down_block_types": [_D, _A, _D]}
+    | {"up_block_types": [_U, _AU, _U]},
+    "ffhq": _WIDE
+    | {"sample_size": 64, "block_out_channels": [128, 256, 256, 256], "down_block_types": [_D, _D, _A, _D]}
+    | {"up_block_types": [_U, _AU, _U, _U]},
+    "imagenet64": {"layers_per_block": 3, "attention_head_dim": 64, "num_class_embeds": 1000}
+    | {"sample_size": 64, "block_out_channels": [192, 384, 576, 768], "down_block_types": [_D, _A, _A, _A]}
+    | {"up_block_types": [_AU, _AU, _AU, _U]},
+}
+
+
+def save_edm(name: str, folder: Path) -> Path:
+    """As `save`, of a UNet2DModel under EDM's noise levels."""
+    scheduler = {"_class_name": "EDMEulerScheduler", "sigma_min": 0.002, "sigma_max": 80.0}
+    index = {"unet": ["diffusers", "UNet2DModel"], "scheduler": ["diffusers", "EDMEulerScheduler"]}
+    for file, content in (
+        ("model_index.json", {"_class_name": "ConsistencyModelPipeline"} | index),
+        ("unet/config.json", {"_class_name": "UNet2DModel"} | _EDM[name]),
+        ("scheduler/scheduler_config.json", scheduler),
+    ):
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).write_text(json.dumps(content))
+    return folder

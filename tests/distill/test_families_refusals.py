@@ -217,6 +217,9 @@ def test_a_dry_run_refuses_what_the_run_would(place: Path) -> None:
     away = distill("train", "--config", "config.yaml", *latents[:-1], "away", "--dry-run", cwd=place)
     assert away.code == 0, away.err
     assert "real.encoded: away is not here, so it was not looked at" in away.out
+    away = distill("train", "--config", "config.yaml", "--prompts.file", "away.txt", "--dry-run", cwd=place)
+    assert away.code == 0, away.err
+    assert "prompts.file: away.txt is not here, so it was not looked at" in away.out
 
 
 @pytest.mark.slow

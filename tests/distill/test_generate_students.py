@@ -184,6 +184,10 @@ def test_the_command(tmp_path: Path, words: Path) -> None:
     assert result.code == 0, result.err
     assert "4 samples each of run, 2 NFE" in result.out
     assert (tmp_path / "grid.png").stat().st_size > 100
+    for option, value in (("--steps", 4), ("--guidance", 2.0), ("--sampler", "euler"), ("--height", 64)):
+        result = distill("sample", "run", "--prompts", "words.txt", option, value, cwd=tmp_path)
+        said = f"{option}: {value}; is for diffusion models: a student has steps and a size of its own"
+        assert_refused(result, said)
     result = distill("sample", "run", "--prompts", "words.txt", "--target", "guided", cwd=tmp_path)
     assert (result.code, result.err.count("\n")) == (2, 1)
     assert "--prompts: words.txt is not for --target" in result.err

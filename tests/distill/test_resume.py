@@ -88,6 +88,9 @@ def test_a_truncated_checkpoint_is_passed_over_and_the_metrics_are_cut_to_it(pla
     with (place / "harmed/metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "secon')  # a line that a kill cut short
 
+    exported = distill("export", "harmed", "exported", cwd=place)
+    assert exported.code == 0, exported.err
+    assert "harmed: step-00000006 is not whole, or not what was written; taken is step-00000004" in exported.err
     resumed = distill("train", "--config", config, "--run", "harmed", "--resume", cwd=place)
     assert resumed.code == 0, resumed.err
     assert resumed.out.startswith("step 5/6")

@@ -127,6 +127,15 @@ def test_an_empty_folder_and_one_that_only_says_it_is_a_pipeline(tmp_path: Path)
     one_line(forked("score", given, cwd=work), f"{given}: is a ", work)
 
 
+def test_what_a_runs_record_says_wrong_is_named_by_its_key(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text("command: train\nrun: run\nteacher: {path: teacher}\nbatch_size: 0\n")
+    result = fid("score", str(run), "--n", "40", cwd=tmp_path)
+    assert result.returncode == 2
+    assert result.stderr == "distill-fid: error: batch_size: Input should be greater than or equal to 1 (got 0)\n"
+
+
 def test_a_folder_where_a_file_should_be_and_the_other_way_round(batch: Path, tmp_path: Path) -> None:
     file, folder = tmp_path / "file", tmp_path / "folder.npz"
     file.write_text("")
