@@ -217,7 +217,7 @@ def test_adapters_are_trained_merged_and_written_as_a_stock_file(name: str, tmp_
 @everyone
 def test_a_student_of_four_steps(name: str, tmp_path: Path, foreign: Foreign) -> None:
     """Stock diffusers makes four steps of it, which are not one."""
-    file = configuration(name, tmp_path, student={"steps": 4})
+    file = configuration(name, tmp_path, student={"steps": 4, "hold": 1})
     result = distill("train", "--config", file, cwd=tmp_path)
     if name == "edm":
         assert_refused(result, "student.steps", "EDMEulerScheduler")
